@@ -1,0 +1,209 @@
+"""The recipe: every setting there is, its default and its unit. This file is the only schema.
+
+Nothing rewrites a recipe. What follows from it (steps in total, warm-up steps, the run's directory)
+is computed where it is needed, printed, and stored beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NaturalInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NaturalFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)
+
+
+class Rows(Section):
+    """How a row becomes a conversation. With none of these set, the columns are recognised."""
+
+    format: (
+        Literal["messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"] | None
+    ) = None
+    """The form of the rows. Unset: recognised from the columns of the first row."""
+    columns: dict[str, str] | None = None
+    """Where the form's fields stand, e.g. `{question: extra_info.question}`; dots reach into nested values."""
+    messages: list[dict[str, str]] | None = None
+    """A template of the conversation, e.g. `[{role: user, content: "{question} Think."}, …]`; `{a.b}` is a column."""
+    function: str | None = None
+    """Your own `module:function`, called with a row (dict), returning `{"messages": […]}` or None to drop it."""
+
+
+class Source(Rows):
+    """One place rows come from. Its row settings stand in front of those of `data`."""
+
+    path: str
+    """A `.jsonl`, `.json`, `.parquet` or `.csv` file, a saved data set, `starter/…`, or a hub id `name:config:split`."""
+    limit: PositiveInt | None = None
+    """Read only this many rows, from the beginning."""
+
+
+def _source(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _sources(value: object) -> object:
+    return [value] if isinstance(value, str | dict) else value
+
+
+AnySource = Annotated[Source, BeforeValidator(_source, json_schema_input_type=Source | str)]
+AnySources = Annotated[tuple[AnySource, ...], BeforeValidator(_sources), Field(min_length=1)]
+
+
+class Data(Rows):
+    """What is taught."""
+
+    train: AnySources
+    """One source or a list of sources; a source is a path, or a mapping when it needs settings of its own."""
+    validation: AnySources | None = None
+    """Sources whose loss is measured during training."""
+    supervise: Literal["every", "last", "marked"] = "every"
+    """Which assistant messages are learnt: all, the last one, or those that the data marks with a weight."""
+    max_tokens: PositiveInt | None = None
+    """The longest example, in tokens. Unset: `batch.tokens`."""
+    too_long: Literal["error", "drop", "turns"] = "error"
+    """What happens to a longer one: stop, drop the row, or cut whole turns from its end. All are counted."""
+    workers: NaturalInt = 0
+    """Processes that prepare the rows. 0: one for each core."""
+    cache: str | None = None
+    """Where prepared data is kept. Unset: `$XDG_CACHE_HOME/schoolhouse`."""
+
+
+class Model(Section):
+    """Who is taught."""
+
+    path: str
+    """A hub id, a local directory in the hub's layout, or a starter student such as `starter/qwen3`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the matrix products run in. With bfloat16 the optimizer keeps float32 weights and float32 gradient sums."""
+    chat_template: str | None = None
+    """A Jinja file, or `plain` or `chatml`. Unset: the one that comes with the tokenizer."""
+    template_arguments: dict[str, bool | int | float | str] = {}
+    """Further variables of the chat template, e.g. `{enable_thinking: false}`."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end an answer. Unset: the model's own generation configuration, else the tokenizer's end token."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and compute it again in backward: less memory, about a third more time."""
+
+
+class Batch(Section):
+    """The meaning of a step, and how much of it is computed at once."""
+
+    examples: PositiveInt = 64
+    """Examples in one optimizer step, over all processes."""
+    tokens: PositiveInt = 8192
+    """The most tokens in one micro-batch of one process: a hard limit on memory, without influence on the result."""
+
+
+class Train(Section):
+    """How long."""
+
+    epochs: PositiveInt = 1
+    """Passes over the data."""
+    steps: PositiveInt | None = None
+    """Stop after this many optimizer steps; more than `epochs` holds begin further passes."""
+
+
+class Optim(Section):
+    """AdamW (Loshchilov & Hutter, 2019) and its schedule."""
+
+    learning_rate: PositiveFloat = 1e-5
+    """The peak, after warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """The way down from the peak to `minimum`."""
+    warmup: Fraction = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    minimum: Fraction = 0.0
+    """The learning rate of the last step, as a share of the peak."""
+    weight_decay: NaturalFloat = 0.01
+    """Decoupled decay of matrices; vectors (norms, biases) are never decayed."""
+    beta1: Fraction = 0.9
+    """Decay of the mean of gradients."""
+    beta2: Fraction = 0.95
+    """Decay of the mean of squared gradients."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the mean of squared gradients."""
+    clip: PositiveFloat | None = 1.0
+    """The largest norm of the whole gradient; null clips nothing."""
+
+
+class Validation(Section):
+    """The loss on `data.validation`: the training equation, each row once."""
+
+    every: NaturalInt = 0
+    """Steps between two measurements. 0: only before the first and after the last step."""
+
+
+class Exam(Section):
+    """Answers written by the model and graded."""
+
+    data: AnySource | None = None
+    """The questions; each last assistant message is the reference answer. Unset: no exam."""
+    grader: str = "gsm8k"
+    """`gsm8k` (the number after `####`), `exact`, `contains`, or your own `module:function(answer, reference)`."""
+    every: NaturalInt = 0
+    """Steps between two exams. 0: only before the first and after the last step."""
+    max_new_tokens: PositiveInt = 512
+    """The longest answer, in tokens; one that has not stopped by then is graded as it stands."""
+    temperature: NaturalFloat = 0.0
+    """0 takes the most likely token; otherwise answers are drawn, the same ones for the same seed."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw only from the most likely tokens that hold this much probability."""
+    examples: PositiveInt = 64
+    """Questions answered at the same time."""
+
+
+class Checkpoint(Section):
+    """What is kept of a run."""
+
+    every: PositiveInt = 200
+    """Steps between two checkpoints. The last step, and the step with the best exam, are always kept."""
+    keep: PositiveInt = 2
+    """Checkpoints kept beside the best one."""
+
+
+class Recipe(Section):
+    """One page that says who is taught what, and how."""
+
+    model: Annotated[Model, BeforeValidator(_source, json_schema_input_type=Model | str)]
+    data: Annotated[Data, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v,
+                                          json_schema_input_type=Data | str)]
+    directory: str | None = None
+    """The run's directory. Unset: `runs/` and the recipe's file name."""
+    seed: NaturalInt = 0
+    """Decides the order of the data, dropout and drawn answers."""
+    device: str = "auto"
+    """A torch device such as `cpu` or `cuda`. auto: the accelerator where there is one."""
+    batch: Batch = Batch()
+    train: Train = Train()
+    optim: Optim = Optim()
+    validation: Validation = Validation()
+    exam: Exam = Exam()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Recipe:
+        longest = self.data.max_tokens
+        if longest is not None and longest > self.batch.tokens:
+            raise ValueError(f"data.max_tokens ({longest}) must fit in one micro-batch (batch.tokens, {self.batch.tokens})")
+        if self.validation.every and self.data.validation is None:
+            raise ValueError("validation.every needs data.validation")
+        if self.exam.every and self.exam.data is None:
+            raise ValueError("exam.every needs exam.data")
+        return self
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest example, in tokens."""
+        return self.data.max_tokens or self.batch.tokens

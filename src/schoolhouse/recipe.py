@@ -1,0 +1,221 @@
+"""Read a recipe: YAML with line numbers, then `key=value`, then one validation that shows every error at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from schoolhouse.config import Recipe
+from schoolhouse.errors import ConfigError
+
+Key = tuple[str | int, ...]
+"""A dotted key, split: `("optim", "learning_rate")`; list positions are integers."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, except that `1e-5` is a number (YAML 1.2) and not a word (YAML 1.1)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with `key=value` overrides put over it; raises ConfigError naming every mistake."""
+    path = Path(path)
+    values, places = _parse(path)
+    for override in overrides:
+        _override(values, places, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _config_error(error, path, places) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every setting, also those left at their default."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def directory(recipe: Recipe, path: str | Path) -> Path:
+    """The run directory: the recipe's own, else `runs/` and the name of the recipe's file."""
+    return Path(recipe.directory or f"runs/{Path(path).stem}")
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no recipe {path}", required="a YAML file", where=str(path), remedy=_nearest_recipe(path)
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the recipe cannot be read: {error}", required="a YAML file in UTF-8", where=str(path),
+            remedy="check the path and the file's permissions and encoding",
+        ) from None
+    places: dict[Key, str] = {}
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        _note_places(node, (), path, places)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(
+            f"the recipe is not valid YAML: {getattr(error, 'problem', None) or error}",
+            required="YAML with plain values", where=where, remedy="mend the line; strings with `: ` or `#` need quotes",
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            "the recipe holds no settings", required="`key: value` lines, at least `model` and `data`",
+            where=str(path), remedy="start from a recipe in examples/sft",
+        )
+    return values, places
+
+
+def _note_places(node: yaml.Node | None, key: Key, path: Path, places: dict[Key, str]) -> None:
+    """Remember the file and line of every key; a key that stands twice is an error."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            inner = (*key, str(name.value))
+            place = f"{path}:{name.start_mark.line + 1}"
+            if inner in places:
+                raise ConfigError(
+                    f"{_dotted(inner)} stands twice", required="each key once",
+                    where=f"{places[inner]} and {place}", remedy="delete one of them",
+                )
+            places[inner] = place
+            _note_places(value, inner, path, places)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            places[(*key, index)] = f"{path}:{value.start_mark.line + 1}"
+            _note_places(value, (*key, index), path, places)
+
+
+def _override(values: dict[str, Any], places: dict[Key, str], override: str) -> None:
+    """Put one `a.b=value` (value in YAML) into the nested settings."""
+    name, separator, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(
+            f"{override!r} is no setting", required="key=value with a dotted key, e.g. optim.learning_rate=1e-4",
+            where="command line", remedy=f"write {name.strip() or 'key'}=VALUE",
+        )
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        value = text
+    inner = values
+    for depth, part in enumerate(keys[:-1]):
+        nested = inner.get(part)
+        if isinstance(nested, str) and part in ("model", "data") and depth == 0:
+            nested = {"path" if part == "model" else "train": nested}  # the short form, opened
+        inner[part] = dict(nested) if isinstance(nested, Mapping) else {}
+        inner = inner[part]
+    inner[keys[-1]] = value
+    for place in [place for place in places if place[: len(keys)] == tuple(keys)]:
+        del places[place]
+    places[tuple(keys)] = f"command line: {override}"
+
+
+def _config_error(error: ValidationError, path: Path, places: Mapping[Key, str]) -> ConfigError:
+    """All mistakes as one error: a single one in four parts, several a line each."""
+    faults = [_fault(one, path, places) for one in error.errors(include_url=False)]
+    if len(faults) == 1:
+        found, where, required, remedy = faults[0]
+        return ConfigError(found, required=required, where=where, remedy=remedy)
+    lines = "".join(f"\n{where} {found}; {remedy}" for found, where, _, remedy in faults)
+    return ConfigError(
+        f"{len(faults)} mistakes in the recipe", required="settings as `schoolhouse schema` lists them",
+        where=str(path), remedy=f"mend each of these{lines}",
+    )
+
+
+def _fault(one: Mapping[str, Any], path: Path, places: Mapping[Key, str]) -> tuple[str, str, str, str]:
+    """One mistake as found, where, required, remedy."""
+    key = tuple(part for part in one["loc"] if isinstance(part, int) or not part.startswith("function-"))
+    where = _place(key, path, places)
+    if one["type"] == "extra_forbidden":
+        near = _nearest_key(key)
+        remedy = f"did you mean {near}?" if near else "see `schoolhouse schema` for all settings"
+        return f"{_dotted(key)}: unknown key", where, "a setting of the recipe", remedy
+    if one["type"] == "missing":
+        return f"{_dotted(key)} is missing", where, _documentation(key), f"add {_dotted(key)}"
+    text = one["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not key:
+        return text, where, "settings that fit together", "change one of them"
+    return f"{_dotted(key)} is {one['input']!r:.60}: {text}", where, _documentation(key), f"change {_dotted(key)}"
+
+
+def _place(key: Key, path: Path, places: Mapping[Key, str]) -> str:
+    """The file and line of a key, or of the nearest key around it."""
+    for length in range(len(key), 0, -1):
+        if key[:length] in places:
+            return places[key[:length]]
+    return str(path)
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def _section(key: Key) -> type[BaseModel] | None:
+    """The section class that a key's parent names."""
+    section: type[BaseModel] = Recipe
+    for part in key:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        inner = _model_in(field.annotation) if field else None
+        if inner is None:
+            return None
+        section = inner
+    return section
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+
+
+def _all_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        inner = _model_in(field.annotation)
+        keys += [prefix + name] + (_all_keys(inner, f"{prefix}{name}.") if inner else [])
+    return keys
+
+
+def _nearest_key(key: Key) -> str | None:
+    """The known key that looks most like this one: first among its siblings, then by last name anywhere."""
+    parent, name = key[:-1], str(key[-1])
+    section = _section(parent)
+    if section is not None:
+        near = difflib.get_close_matches(name, section.model_fields, n=1)
+        if near:
+            return _dotted((*parent, near[0]))
+    every = {known.rsplit(".", 1)[-1]: known for known in reversed(_all_keys())}
+    near = difflib.get_close_matches(name, every, n=1)
+    return every[near[0]] if near else None
+
+
+def _documentation(key: Key) -> str:
+    """The setting's own description."""
+    section = _section(key[:-1]) if key else None
+    field = section.model_fields.get(str(key[-1])) if section else None
+    return (field.description if field else None) or "settings that fit together"
+
+
+def _nearest_recipe(path: Path) -> str:
+    shipped = sorted(str(found) for found in Path("examples").glob("sft/*/*.yaml"))
+    near = difflib.get_close_matches(str(path), shipped, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "`schoolhouse ls` lists the recipes"

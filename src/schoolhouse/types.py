@@ -1,0 +1,219 @@
+"""The values that flow along the straight line. All are frozen; only a raw row is a dict.
+
+Legend of shapes, used everywhere: T tokens of an example, S tokens of a micro-batch, E examples in it,
+M supervised tokens, D hidden size, V vocabulary, H heads, K head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+UNSUPERVISED = -100
+"""The label of a position that has no target: the value `torch.nn.functional.cross_entropy` ignores."""
+
+Verdict = Literal["one", "split", "prefilled", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row came from; printed in every data error."""
+
+    source: str
+    """The file or data set, as the user wrote it."""
+    row: int
+    """Line of a line-based file, else the position in the source; counted from 1."""
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One piece of a message's content."""
+
+    kind: Literal["text", "image", "video"]
+    value: Any
+    """The text, or what the data gave for the image or the video, unread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation, as the data has it."""
+
+    role: str
+    parts: tuple[Part, ...]
+    reasoning: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """OpenAI form: `{"type": "function", "id": ?, "function": {"name", "arguments"}}`, arguments as the data has them."""
+    tool_call_id: str | None = None
+    name: str | None = None
+    weight: float | None = None
+    """What the data says about learning this message: None leaves it to the recipe's rule, 0 is context only."""
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(part.value for part in self.parts if part.kind == "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A whole row: its messages, the tools on offer, and where it came from."""
+
+    messages: tuple[Message, ...]
+    origin: Origin
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One supervised answer exactly as it is served: the prompt shown, and the text to be written."""
+
+    prompt: str
+    completion: str
+    """The text of the answer; encoding cuts it after its first stop token."""
+    weight: float
+    prefilled: bool = False
+    """The generation prompt ends in an empty thinking block that the full render drops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What is trained: one sequence, its targets already aligned. Nobody downstream shifts anything."""
+
+    input_ids: np.ndarray
+    """i32[T]"""
+    labels: np.ndarray
+    """i32[T]: `labels[t]` is the target of position t, `UNSUPERVISED` where there is none."""
+    weights: np.ndarray
+    """f32[T]: 0 exactly where the label is `UNSUPERVISED`."""
+    origin: Origin
+
+    @property
+    def supervised(self) -> int:
+        """The number of positions that have a target."""
+        return int(np.count_nonzero(self.weights))
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One row all the way: its conversation, the turns as served, and the examples trained."""
+
+    conversation: Conversation
+    verdict: Verdict
+    turns: tuple[Turn, ...]
+    examples: tuple[Example, ...]
+    cut_turns: int = 0
+    """Supervised turns cut from the end because the row was too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One pack: examples laid end to end, isolated by `boundaries`."""
+
+    input_ids: torch.Tensor
+    """i64[1, S]"""
+    labels: torch.Tensor
+    """i64[1, S]"""
+    weights: torch.Tensor
+    """f32[1, S]"""
+    positions: torch.Tensor
+    """i64[1, S]: restart at 0 for each example."""
+    boundaries: tuple[int, ...]
+    """E + 1 offsets of the examples in the whole sequence, from 0 to S."""
+    rows: tuple[int, ...]
+    """The examples of the store in this pack, in order."""
+    supervised: float
+    """The supervised weight the plan promised for this pack."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """The whole state of the data stream. `step` counts the optimizer steps done, over all epochs."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One optimizer step, in integers: the same on every rank."""
+
+    index: int
+    """Counted from 1 over the whole run."""
+    epoch: int
+    """Counted from 0."""
+    packs: tuple[tuple[int, ...], ...]
+    """Each pack is a tuple of examples of the store; their number is a multiple of the data ranks."""
+    tokens: int
+    supervised_tokens: int
+    supervised: float
+    """N: the supervised weight of the step over all ranks."""
+
+    @property
+    def examples(self) -> int:
+        return sum(len(pack) for pack in self.packs)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step as this rank executes it."""
+
+    planned: PlannedStep
+    micro_batches: Sequence[MicroBatch]
+
+    @property
+    def index(self) -> int:
+        return self.planned.index
+
+    @property
+    def supervised(self) -> float:
+        """N: the supervised weight of the step over all ranks."""
+        return self.planned.supervised
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """Sums over supervised positions, so that adding two of them is exact."""
+
+    nll: torch.Tensor
+    """Scalar with a graph: sum of weight x negative log-likelihood (nats)."""
+    correct: torch.Tensor
+    """Scalar: the number of supervised positions whose most likely token is the target."""
+    supervised: torch.Tensor
+    """f64 scalar: the sum of weights that met the vocabulary."""
+    tokens: int
+    """The number of supervised positions that met the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Every row accounted for: `rows == kept + sum(dropped)`, and kept rows by verdict."""
+
+    rows: int
+    verdicts: Mapping[str, int]
+    """Rows kept, by verdict."""
+    dropped: Mapping[str, int]
+    """Rows not kept, by reason."""
+    cut: int
+    """Rows kept of which whole turns were cut from the end."""
+    examples: int
+    turns: int
+    """Supervised turns."""
+    stopped_turns: int
+    """Supervised turns whose stop token is a target; equal to `turns`, or the preparation is refused."""
+    tokens: int
+    supervised_tokens: int
+    by_source: Mapping[str, int] = field(default_factory=dict)
+    """Rows read, by source."""
+
+    @property
+    def kept(self) -> int:
+        return sum(self.verdicts.values())
