@@ -103,7 +103,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class EncodedRow:
     """One row all the way: its conversation, the turns as served, and the examples trained."""
 
     conversation: Conversation
