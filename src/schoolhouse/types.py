@@ -128,8 +128,10 @@ class MicroBatch:
     """i64[1, S]: restart at 0 for each example."""
     boundaries: tuple[int, ...]
     """E + 1 offsets of the examples in the whole sequence, from 0 to S."""
-    rows: tuple[int, ...]
-    """The examples of the store in this pack, in order."""
+    targets: torch.Tensor
+    """i64[M]: the positions that have a target."""
+    pack: tuple[int, ...]
+    """The examples of the store in this micro-batch, in order."""
     supervised: float
     """The supervised weight the plan promised for this pack."""
 

@@ -1,0 +1,99 @@
+"""Which examples make which step, and in which packs: integers, the same on every rank, a pure function of the seed.
+
+An epoch is one seeded permutation of the examples; a step is the next `batch.examples` of them. Packs are only how a
+step is executed: each holds at most `batch.tokens`, their number is a multiple of the data ranks, their costs balance.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from schoolhouse.errors import ConfigError
+from schoolhouse.types import PlannedStep, Position
+
+ATTENTION_LENGTH = 4096
+"""Tokens of an example from which its attention costs as much as all its matrix products: typical of decoders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All steps of a run; nothing but integers that any rank computes for itself."""
+
+    lengths: np.ndarray
+    """i64[examples]"""
+    supervised: np.ndarray
+    """f64[examples]: sums of weights."""
+    supervised_tokens: np.ndarray
+    """i64[examples]"""
+    examples: int
+    """`batch.examples`: examples in a step."""
+    tokens: int
+    """`batch.tokens`: the most tokens in a pack."""
+    seed: int
+    ranks: int = 1
+    """Data ranks: the number of packs computed at the same time."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.examples)
+
+    def position(self, index: int) -> Position:
+        """Where the data stream stands after step `index` (0: before the first)."""
+        return Position(index // self.steps_per_epoch, index)
+
+    def step(self, index: int) -> PlannedStep:
+        """Step `index`, counted from 1 over the whole run."""
+        epoch, place = divmod(index - 1, self.steps_per_epoch)
+        chosen = order(len(self.lengths), self.seed, epoch)[place * self.examples : (place + 1) * self.examples]
+        packs = partition(self.lengths[chosen], self.tokens, self.ranks)
+        return PlannedStep(
+            index, epoch, tuple(tuple(int(chosen[one]) for one in pack) for pack in packs),
+            tokens=int(self.lengths[chosen].sum()),
+            supervised_tokens=int(self.supervised_tokens[chosen].sum()),
+            supervised=float(self.supervised[chosen].sum()),
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch: examples sorted by a random number each.
+
+    Philox's raw stream is fixed by its authors (Salmon et al., 2011) and not by numpy's version, unlike `permutation`.
+    """
+    drawn = np.random.Philox(key=[seed, epoch]).random_raw(examples)
+    return np.argsort(drawn, kind="stable")
+
+
+def partition(lengths: np.ndarray, tokens: int, ranks: int = 1) -> list[list[int]]:
+    """Places of `lengths` in packs of at most `tokens`: as few as a greedy rule finds, costs balanced.
+
+    The longest first, each into the cheapest pack that has room (Graham's longest-processing-time rule).
+    """
+    if len(lengths) and lengths.max() > tokens:
+        raise ConfigError(
+            f"an example has {lengths.max()} tokens, a micro-batch holds {tokens}",
+            required="batch.tokens of at least the longest example",
+            where="batch.tokens", remedy=f"set batch.tokens={lengths.max()}",
+        )
+    number = ranks * max(1, -(-int(lengths.sum()) // (tokens * ranks)))
+    while (packs := _fill(lengths, tokens, number)) is None:
+        number += ranks
+    return packs
+
+
+def _fill(lengths: np.ndarray, tokens: int, number: int) -> list[list[int]] | None:
+    packs: list[list[int]] = [[] for _ in range(number)]
+    filled, costs = np.zeros(number, dtype=np.int64), np.zeros(number)
+    for place in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[place])
+        room = np.flatnonzero(filled + length <= tokens)
+        if not len(room):
+            return None
+        pack = room[np.argmin(costs[room])]
+        packs[pack].append(int(place))
+        filled[pack] += length
+        costs[pack] += length * (1 + length / ATTENTION_LENGTH)
+    return packs

@@ -1,0 +1,1 @@
+"""The student: loading it, what its family needs, its packed attention."""

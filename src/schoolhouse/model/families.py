@@ -1,0 +1,31 @@
+"""What cannot be read from a model's code: where its family hides a step between hidden states and logits."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from schoolhouse.errors import ModelError
+from schoolhouse.loss import Head
+
+SOFTCAP = "final_logit_softcapping"
+MULTIPLIED = ("logit_scale",)
+"""Configuration names whose value multiplies the logits (Cohere)."""
+DIVIDED = ("logits_scaling",)
+"""Configuration names whose value divides the logits (Granite)."""
+
+
+def head(model: PreTrainedModel) -> Head:
+    """The model's own way from hidden states to logits."""
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ModelError(
+            f"{type(model).__name__} has no output embeddings", required="a causal language model",
+            where=str(model.config.name_or_path), remedy="choose a model that AutoModelForCausalLM generates text with",
+        )
+    settings = model.config.get_text_config().to_dict()
+    scale = 1.0
+    for name in MULTIPLIED:
+        scale *= settings.get(name) or 1.0
+    for name in DIVIDED:
+        scale /= settings.get(name) or 1.0
+    return Head(output.weight, dict(output.named_parameters()).get("bias"), scale, settings.get(SOFTCAP))

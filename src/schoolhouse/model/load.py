@@ -1,0 +1,118 @@
+"""Load a student: weights from safetensors, our attention, the precision asked for; no code of the model's author."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from schoolhouse import loss
+from schoolhouse.config import Model
+from schoolhouse.errors import ModelError
+from schoolhouse.loss import Head
+from schoolhouse.model import attention, families
+from schoolhouse.types import LossSum, MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A causal language model with its way to the loss."""
+
+    model: PreTrainedModel
+    head: Head
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def loss(self, micro: MicroBatch) -> LossSum:
+        """Forward one micro-batch [1, S] to the sums of its loss; only supervised positions meet the vocabulary."""
+        hidden = self.model.base_model(
+            input_ids=micro.input_ids,
+            attention_mask=None,
+            position_ids=micro.positions,
+            use_cache=False,
+            layout=attention.layout(micro.boundaries, micro.input_ids.device),
+        ).last_hidden_state
+        return loss.linear_cross_entropy(hidden, self.head, micro.labels, micro.weights, micro.targets)
+
+
+def device(setting: str) -> torch.device:
+    """The torch device of the recipe; `auto` is the accelerator where there is one."""
+    if setting != "auto":
+        return torch.device(setting)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load(directory: Path, settings: Model, place: torch.device) -> Student:
+    """The model of a directory in float32 on `place`, ready to train; raises ModelError where it cannot be exact."""
+    attention.register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation=attention.NAME,
+            trust_remote_code=False, use_safetensors=True, local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the model does not load: {' '.join(str(error).split())[:200]}",
+            required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
+            where=str(directory), remedy="check config.json and the weights; models with code of their own are refused",
+        ) from None
+    model.to(place).train()
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Student(model, families.head(model))
+
+
+def prove(student: Student, tokens: int = 7) -> float:
+    """Compare a packed micro-batch of two examples with the model's own forward, one example at a time.
+
+    Returns the largest relative difference of the losses. A model whose logits pass through something we do not know,
+    or whose layers let examples of a pack see one another, is refused here instead of being trained wrongly.
+    """
+    vocabulary = len(student.head.weight)
+    drawn = torch.arange(1, 2 * tokens + 4) * 7919 % vocabulary  # spread over the vocabulary, the same every time
+    sequences = [drawn[: tokens + 1], drawn[tokens + 1 :]]
+    training = student.model.training
+    student.model.eval()
+    try:
+        with torch.no_grad():
+            packed = student.loss(_pack(sequences, student.device)).nll
+            student.model.set_attn_implementation("eager")
+            alone = sum(_own_loss(student.model, sequence.to(student.device)) for sequence in sequences)
+    finally:
+        student.model.set_attn_implementation(attention.NAME)
+        student.model.train(training)
+    difference = abs(float(packed) - float(alone)) / max(abs(float(alone)), 1e-6)
+    if not difference < 2e-5:  # float32 kernels agree to 1e-6; a pack that leaks was seen to differ by 2e-4 and more
+        raise ModelError(
+            f"{type(student.model).__name__} cannot be trained packed: its own loss is {float(alone):.6f}, "
+            f"packed {float(packed):.6f}",
+            required="the same loss for two examples in one pack as for each alone",
+            where=str(student.model.config.name_or_path),
+            remedy="choose another model, or report its architecture",
+        )
+    return difference
+
+
+def _pack(sequences: list[torch.Tensor], place: torch.device) -> MicroBatch:
+    """Token sequences as one fully supervised micro-batch."""
+    lengths = [len(sequence) - 1 for sequence in sequences]
+    weights = torch.ones(1, sum(lengths), device=place)
+    return MicroBatch(
+        input_ids=torch.cat([sequence[:-1] for sequence in sequences]).unsqueeze(0).to(place),
+        labels=torch.cat([sequence[1:] for sequence in sequences]).unsqueeze(0).to(place),
+        weights=weights,
+        positions=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(place),
+        boundaries=(0, lengths[0], sum(lengths)),
+        targets=torch.arange(sum(lengths), device=place),
+        pack=(), supervised=float(sum(lengths)),
+    )
+
+
+def _own_loss(model: PreTrainedModel, sequence: torch.Tensor) -> torch.Tensor:
+    """The summed loss by the model's own logits."""
+    logits = model(input_ids=sequence[:-1].unsqueeze(0), use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits.float(), sequence[1:], reduction="sum")

@@ -1,0 +1,83 @@
+"""Where things are: the cache, and a model's name as a local directory in the hub's layout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from schoolhouse.errors import CheckpointError, ConfigError
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "chat_templates/*")
+"""What is fetched of a hub model: never a pickle, never code."""
+
+
+def cache_directory(setting: str | None = None) -> Path:
+    """The cache of prepared data and starter students: the recipe's, else `$XDG_CACHE_HOME/schoolhouse`."""
+    if setting:
+        return Path(setting)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "schoolhouse"
+
+
+def built_once(place: Path, build: Callable[[Path], None]) -> Path:
+    """The directory `place`, built by one process and renamed when whole; others wait and use it."""
+    if place.is_dir():
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{place}.lock"):
+            if place.is_dir():
+                return place
+            staging = Path(tempfile.mkdtemp(prefix=f".tmp-{place.name}-", dir=place.parent))
+            try:
+                build(staging)
+                staging.rename(place)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"the cache cannot be written: {error}", required="a writable directory with free space",
+            where=str(place.parent), remedy="set data.cache or XDG_CACHE_HOME to one",
+        ) from error
+    return place
+
+
+def model_directory(path: str, revision: str | None = None) -> Path:
+    """A local directory with the model's files: the path itself, a starter student, or the hub's (cached) snapshot."""
+    if path.startswith("starter/"):
+        return _student(path.removeprefix("starter/"))
+    local = Path(path)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ConfigError(
+                f"{path} holds no model", required="a directory with config.json and tokenizer files",
+                where="model.path", remedy="name the directory that holds config.json",
+            )
+        return local
+    return _snapshot(path, revision)
+
+
+def _student(name: str) -> Path:
+    from schoolhouse.starter import students
+
+    place = cache_directory() / "students" / f"{name}-{students.fingerprint(name)[:16]}"
+    return built_once(place, lambda staging: students.build(name, staging))
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the model {name!r} was not found: {first:.160}",
+            required="a local directory, starter/NAME, or a model of the Hugging Face hub",
+            where="model.path", remedy="check the name, the network, and `hf auth login` for gated models",
+        ) from None

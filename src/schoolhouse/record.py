@@ -1,0 +1,84 @@
+"""The run directory: the only interface between training and looking at training."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from schoolhouse.errors import CheckpointError, ConfigError
+
+METRICS, SAMPLES, EVENTS, EXAMPLES = "metrics.jsonl", "samples.jsonl", "events.jsonl", "examples.jsonl"
+
+
+class Record:
+    """Writes a run's records; one process at a time, by a lock that a kill frees."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(directory / ".lock")
+            self._lock.acquire(timeout=0)
+            (directory / ".active").write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        except Timeout:
+            raise ConfigError(
+                f"the run is active ({_active(directory)})", required="one process a run directory",
+                where=str(directory), remedy="wait for it, stop it, or set directory=… to another",
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"the run directory cannot be written: {error.strerror}", required="a writable directory",
+                where=str(directory), remedy="set directory=… to one",
+            ) from None
+
+    def close(self) -> None:
+        """Free the directory for another process."""
+        self._lock.release()
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file whole or not at all."""
+        staging = self.directory / f".tmp-{name}"
+        staging.write_text(text, encoding="utf-8")
+        staging.replace(self.directory / name)
+
+    def append(self, name: str, *values: Mapping[str, Any]) -> None:
+        """Append one line of JSON for each value."""
+        lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+        with (self.directory / name).open("a", encoding="utf-8") as file:
+            file.write(lines)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Note something that happened, with its time."""
+        self.append(EVENTS, {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                             "event": event, **fields})
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Forget records after `step`, and a last line that a kill tore; the metrics that remain."""
+        for name in (METRICS, SAMPLES):
+            kept = [value for value in read_lines(self.directory / name) if value["step"] <= step]
+            self.write_text(name, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in kept))
+        return read_lines(self.directory / METRICS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The values of a JSON-lines file; none where it is absent, and without a torn last line."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _active(directory: Path) -> str:
+    path = directory / ".active"
+    return path.read_text(encoding="utf-8") if path.is_file() else "another process"
