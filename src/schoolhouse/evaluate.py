@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from schoolhouse.config import Exam
-from schoolhouse.data import loader, plan
+from schoolhouse.config import Exam, Recipe
+from schoolhouse.data import formats, loader, plan, prepare, sources
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
+from schoolhouse.errors import DataError
 from schoolhouse.graders import Grader
 from schoolhouse.model import attention
 from schoolhouse.model.load import Student
@@ -58,15 +59,29 @@ def validation(student: Student, store: Store, batch_tokens: int) -> dict[str, A
     }
 
 
-def questions(conversations: Sequence[Conversation], served: Served) -> list[Question]:
-    """Each conversation's last assistant message as a question with the prompt that serving would show."""
-    made = []
-    for conversation in conversations:
-        last = max(index for index, message in enumerate(conversation.messages) if message.role == "assistant")
-        prompt = served.prompt(conversation, last)
-        ids = served.tokenize([prompt])[0]
-        made.append(Question(conversation, prompt, tuple(ids), conversation.messages[last].text))
-    return made
+def questions(recipe: Recipe, served: Served) -> list[Question]:
+    """The recipe's exam: each conversation's last assistant message is the reference, what stands before it is shown."""
+    source = recipe.exam.data
+    if source is None:
+        return []
+    settings, asked = prepare.row_settings(recipe.data, source), []
+    for origin, row in sources.read(source):
+        if isinstance(row, DataError):
+            raise row
+        conversation = formats.to_conversation(row, settings, origin)
+        if conversation is not None:
+            asked.append(_question(conversation, served))
+    return asked
+
+
+def _question(conversation: Conversation, served: Served) -> Question:
+    last = _last_answer(conversation)
+    prompt = served.prompt(conversation, last)
+    return Question(conversation, prompt, tuple(served.tokenize([prompt])[0]), conversation.messages[last].text)
+
+
+def _last_answer(conversation: Conversation) -> int:
+    return max(index for index, message in enumerate(conversation.messages) if message.role == "assistant")
 
 
 def exam(
@@ -133,8 +148,8 @@ def _answer(ids: list[int], served: Served) -> Answer:
 
 def _shown(conversation: Conversation) -> list[dict[str, str]]:
     """The messages before the answer, for the record."""
-    last = max(index for index, message in enumerate(conversation.messages) if message.role == "assistant")
-    return [{"role": message.role, "content": message.text} for message in conversation.messages[:last]]
+    shown = conversation.messages[: _last_answer(conversation)]
+    return [{"role": message.role, "content": message.text} for message in shown]
 
 
 @contextlib.contextmanager

@@ -56,20 +56,23 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
         self._write_copies()
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The masters and their moments by name: all that a checkpoint holds."""
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The float32 masters by the model's parameter names."""
+        return ((name, master.detach()) for name, master in self.masters.items())
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """AdamW's state by `moment.parameter`."""
         for name, master in self.masters.items():
-            yield f"master.{name}", master.detach()
-            for moment, value in self._adamw.state.get(master, {}).items():
+            for moment, value in self._adamw.state[master].items():
                 yield f"{moment}.{name}", value
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Put a saved state back, exactly."""
         for name, master in self.masters.items():
-            master.copy_(state[f"master.{name}"])
-            moments = {moment: state[f"{moment}.{name}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
-            self._adamw.state[master] = {moment: value.clone() for moment, value in moments.items()}
+            master.copy_(weights[name])
+            state = {moment: moments[f"{moment}.{name}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+            self._adamw.state[master] = {moment: value.to(master.device) for moment, value in state.items()}
         self._write_copies()
 
     @torch.no_grad()
@@ -100,7 +103,7 @@ def _narrow(model: nn.Module) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _move_gradient(master: Tensor):  # noqa: ANN202 - a hook
+def _move_gradient(master: Tensor):
     """Add a copy's finished gradient to its master's float32 sum, and free it."""
 
     @torch.no_grad()

@@ -44,6 +44,14 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `{"optim.learning_rate": 1e-5, …}`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
 def directory(recipe: Recipe, path: str | Path) -> Path:
     """The run directory: the recipe's own, else `runs/` and the name of the recipe's file."""
     return Path(recipe.directory or f"runs/{Path(path).stem}")
@@ -65,7 +73,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     try:
         node = yaml.compose(text, Loader=_Loader)
         _note_places(node, (), path, places)
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -110,7 +118,7 @@ def _override(values: dict[str, Any], places: dict[Key, str], override: str) -> 
             where="command line", remedy=f"write {name.strip() or 'key'}=VALUE",
         )
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         value = text
     inner = values

@@ -42,6 +42,11 @@ class Record:
         """Free the directory for another process."""
         self._lock.release()
 
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; empty where there is none yet."""
+        path = self.directory / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""
         self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False))

@@ -1,0 +1,97 @@
+"""The command line: parse, validate, and only then load what is heavy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from schoolhouse import __version__
+from schoolhouse.errors import SchoolhouseError, Stopped
+
+OVERRIDES = "settings put over the recipe's, e.g. optim.learning_rate=1e-4"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    options = parser().parse_args(arguments)
+    from schoolhouse import commands
+
+    try:
+        commands.COMMANDS[options.command](options)
+    except (SchoolhouseError, Stopped) as error:
+        if options.debug:
+            raise
+        print(f"{'error: ' if isinstance(error, SchoolhouseError) else ''}{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; nothing was lost", file=sys.stderr)
+        sys.exit(Stopped.exit_code)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The grammar of the command line."""
+    top = argparse.ArgumentParser(
+        prog="schoolhouse", description="Supervised fine-tuning that can be proved: from a raw row to an exam result."
+    )
+    top.add_argument("--version", action="version", version=__version__)
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _with_recipe(commands, "run", "train; continues by itself where the directory holds an unfinished run")
+    check = _with_recipe(commands, "check", "everything that can be known before training: settings, rows, lengths")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    _show(_with_recipe(commands, "show", "the tokens as they are trained, coloured"))
+    evaluate = _command(commands, "eval", "generate and score on the recipe's exam")
+    _target(evaluate, "run directory or model")
+    _recipe(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print every answer as a line of JSON")
+    chat = _command(commands, "chat", "talk to a run or a model")
+    _target(chat, "run directory or model")
+    compare = _command(commands, "compare", "before and after: two runs or models on the same questions")
+    compare.add_argument("first", help="run directory or model")
+    compare.add_argument("second", help="run directory or model")
+    _recipe(compare)
+    export = _command(commands, "export", "write a Hugging Face directory and prove it equal")
+    _target(export, "run directory")
+    export.add_argument("--out", help="where; unset: RUN/export")
+    export.add_argument("--step", type=int, help="the checkpoint; unset: the best exam's, else the newest")
+    verify = _command(commands, "verify", "compare every byte of a checkpoint with its manifest")
+    _target(verify, "checkpoint, or a run directory for all of its checkpoints")
+    _target(_command(commands, "report", "write the run's report.html"), "run directory")
+    _command(commands, "ls", "list the recipes")
+    new = _command(commands, "new", "copy a recipe")
+    new.add_argument("name", help="a recipe of `schoolhouse ls`")
+    new.add_argument("file", help="the new file")
+    _command(commands, "schema", "print the JSON Schema of recipes, for editors")
+    _command(commands, "env", "print versions and devices")
+    return top
+
+
+def _command(commands: argparse._SubParsersAction, name: str, does: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=does, description=does[0].upper() + does[1:] + ".")
+
+
+def _with_recipe(commands: argparse._SubParsersAction, name: str, does: str) -> argparse.ArgumentParser:
+    command = _command(commands, name, does)
+    _recipe(command)
+    return command
+
+
+def _recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def _target(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("target", metavar="TARGET", help=what)
+
+
+def _show(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rows", default="0:3", metavar="A:B", help="which rows, counted from 0 (default 0:3)")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one line of JSON an example")
+    form.add_argument("--html", metavar="FILE", help="a self-contained page")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""What each command does. Heavy imports stand inside, so that help and mistakes in a recipe answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from schoolhouse import recipe as recipes
+from schoolhouse.config import Recipe
+from schoolhouse.errors import ConfigError, SchoolhouseError
+
+if TYPE_CHECKING:
+    from schoolhouse.data.served import Serving
+
+EXAMPLES = Path("examples/sft")
+
+
+def run(options: Namespace) -> None:
+    """Train, and write the report at the end, whichever end it is."""
+    recipe = recipes.read(options.recipe, options.overrides)
+    from schoolhouse import run as runs
+    from schoolhouse.report import page
+    from schoolhouse.screen import Screen
+    from schoolhouse.stopping import StopRequest
+    from schoolhouse.train import train
+
+    _quiet_libraries()
+    stop, screen = StopRequest(), Screen()
+    running = runs.begin(recipe, Path(options.recipe), screen)
+    status = "failed"
+    try:
+        train(running, stop)
+        status = "done"
+    finally:
+        running.finish("stopped" if stop.asked and status != "done" else status)
+        written = page.write(running.record.directory)
+    screen.say(f"done: {running.steps} steps; report: {written}")
+
+
+def check(options: Namespace) -> None:
+    """Prepare the rows and print what they are."""
+    recipe = recipes.read(options.recipe, options.overrides)
+    from schoolhouse import overview
+    from schoolhouse.screen import Screen
+
+    _quiet_libraries()
+    screen = Screen()
+    found = overview.overview(recipe, _serving(recipe), screen)
+    if options.json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        overview.print_overview(found)
+
+
+def show(options: Namespace) -> None:
+    """Encode a few rows and show their tokens."""
+    recipe = recipes.read(options.recipe, options.overrides)
+    from rich.console import Console
+
+    from schoolhouse import overview
+    from schoolhouse.data import served
+    from schoolhouse.data import show as shown
+
+    _quiet_libraries()
+    first, end = _row_range(options.rows)
+    model = served.load(_serving(recipe))
+    examples = list(overview.shown_rows(recipe, model, served.rules(recipe), first, end))
+    if options.json:
+        for example in examples:
+            print(json.dumps(example, ensure_ascii=False))
+    elif options.html:
+        Path(options.html).write_text(shown.page(shown.html(examples), options.recipe), encoding="utf-8")
+        print(options.html)
+    else:
+        Console().print(shown.terminal(examples))
+
+
+def evaluate(options: Namespace) -> None:
+    """Generate answers to the recipe's exam and grade them."""
+    recipe = recipes.read(options.recipe, options.overrides)
+    score, samples = _examine(options.target, recipe)
+    if options.json:
+        for sample in samples:
+            print(json.dumps(sample, ensure_ascii=False))
+    print(f"{score['correct']} of {score['count']} ({score['score']:.1%}) in {score['seconds']:.1f} s", file=sys.stderr)
+
+
+def compare(options: Namespace) -> None:
+    """The same questions to two students, side by side."""
+    recipe = recipes.read(options.recipe, options.overrides)
+    from schoolhouse import talk
+
+    first, second = (_examine(target, recipe) for target in (options.first, options.second))
+    talk.print_comparison((options.first, *first), (options.second, *second))
+
+
+def chat(options: Namespace) -> None:
+    """Talk until the end of input."""
+    from schoolhouse import talk, trained
+
+    _quiet_libraries()
+    talk.chat(*trained.open_student(options.target))
+
+
+def export(options: Namespace) -> None:
+    """Write a Hugging Face directory of a run's checkpoint, proved equal."""
+    from schoolhouse import trained
+
+    _quiet_libraries()
+    out = trained.export_run(Path(options.target), options.out, options.step)
+    print(f"exported and verified: {out}")
+
+
+def verify(options: Namespace) -> None:
+    """Verify one checkpoint, or all of a run."""
+    from schoolhouse import checkpoint
+
+    target = Path(options.target)
+    paths = [target] if (target / "manifest.json").exists() else checkpoint.steps_in(target / "checkpoints")
+    if not paths:
+        raise ConfigError(
+            f"{target} holds no checkpoint", required="a checkpoint or a run directory", where=str(target),
+            remedy="name RUN or RUN/checkpoints/step-…",
+        )
+    faults = []
+    for path in paths:
+        try:
+            checkpoint.verify(path)
+            print(f"{path}: every byte verified")
+        except SchoolhouseError as fault:
+            print(f"{path}: {fault.found}")
+            faults.append(fault)
+    if faults:
+        raise faults[0]
+
+
+def report(options: Namespace) -> None:
+    """Write report.html from the run's records."""
+    from schoolhouse.report import page
+
+    print(page.write(Path(options.target)))
+
+
+def ls(options: Namespace) -> None:
+    """List the recipes below `examples/sft`, with who is taught what."""
+    for path in sorted(EXAMPLES.glob("*/*.yaml")):
+        one = recipes.read(path)
+        print(f"{path!s:48} {one.model.path:36} {', '.join(source.path for source in one.data.train)}")
+
+
+def new(options: Namespace) -> None:
+    """Copy a recipe; an existing file is never overwritten."""
+    named = [path for path in EXAMPLES.glob("*/*.yaml") if options.name in (str(path), path.stem)]
+    source = named[0] if named else Path(options.name)
+    recipes.read(source)
+    target = Path(options.file)
+    if target.exists():
+        raise ConfigError(f"{target} exists", required="a new file", where=str(target), remedy="choose another name")
+    shutil.copyfile(source, target)
+    print(target)
+
+
+def schema(options: Namespace) -> None:
+    """The JSON Schema of a recipe."""
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+def env(options: Namespace) -> None:
+    """Versions and devices, to paste into a bug report."""
+    import torch
+    import transformers
+
+    from schoolhouse import __version__
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    print(f"schoolhouse {__version__} · python {platform.python_version()} · torch {torch.__version__} · "
+          f"transformers {transformers.__version__}")
+    print(f"{platform.platform()} · {torch.get_num_threads()} threads · accelerator: {accelerator or 'none'}")
+
+
+COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
+    "run": run, "check": check, "show": show, "eval": evaluate, "chat": chat, "compare": compare, "export": export,
+    "verify": verify, "report": report, "ls": ls, "new": new, "schema": schema, "env": env,
+}
+
+
+def _serving(recipe: Recipe) -> Serving:
+    from schoolhouse import places
+    from schoolhouse.data import served
+
+    return served.serving(recipe.model, places.model_directory(recipe.model.path, recipe.model.revision))
+
+
+def _row_range(text: str) -> tuple[int, int | None]:
+    first, _, end = text.partition(":")
+    try:
+        start = int(first or 0)
+        return start, (int(end) if end else None) if ":" in text else start + 1
+    except ValueError:
+        raise ConfigError(
+            f"--rows {text} is no range", required="A:B, counted from 0", where="command line", remedy="e.g. --rows 0:5"
+        ) from None
+
+
+def _examine(target: str, recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    from schoolhouse import evaluate as evaluation
+    from schoolhouse import graders, trained
+
+    if recipe.exam.data is None:
+        raise ConfigError(
+            "the recipe has no exam", required="exam.data", where="exam.data", remedy="add exam.data=SOURCE"
+        )
+    _quiet_libraries()
+    student, model = trained.open_student(target)
+    asked = evaluation.questions(recipe, model)
+    return evaluation.exam(student, model, asked, graders.grader(recipe.exam.grader), recipe.exam, recipe.seed)
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of libraries do not belong in our output; their errors do. Read when they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,1 @@
+"""Looking at a run: pure readers of its directory, which need neither torch nor transformers nor numpy."""

@@ -1,0 +1,235 @@
+"""One run: everything a recipe names, made real, and what is written about it while it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import schoolhouse
+from schoolhouse import checkpoint, evaluate, graders, optim, overview, places
+from schoolhouse import recipe as recipes
+from schoolhouse.config import Recipe
+from schoolhouse.data import prepare, served
+from schoolhouse.data.plan import Plan
+from schoolhouse.data.served import Served
+from schoolhouse.data.store import Store
+from schoolhouse.errors import ConfigError
+from schoolhouse.model import load
+from schoolhouse.model.load import Student
+from schoolhouse.optim import Optimizer
+from schoolhouse.record import METRICS, SAMPLES, Record
+from schoolhouse.screen import Screen
+
+SHOWN_ROWS = 4
+"""Training rows whose tokens the report shows."""
+HARMLESS = ("directory", "checkpoint", "validation", "device")
+"""Sections that may change between a stop and its continuation: they decide nothing about the weights."""
+
+
+@dataclass(slots=True)
+class Run:
+    """A run between two steps. `done` steps are behind it."""
+
+    recipe: Recipe
+    record: Record
+    screen: Screen
+    student: Student
+    served: Served
+    optimizer: Optimizer
+    store: Store
+    validation: Store | None
+    questions: Sequence[evaluate.Question]
+    plan: Plan
+    steps: int
+    done: int = 0
+    best: dict[str, Any] | None = None
+    """`{"step", "score"}` of the best exam so far."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """The content of `run.json`."""
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.record.directory / "checkpoints"
+
+    def note_step(self, record: dict[str, Any]) -> None:
+        """A step is done."""
+        self.done = record["step"]
+        self.record.append(METRICS, record)
+
+    def look(self, step: int) -> None:
+        """Validation and exam where they are due after `step`."""
+        if self.validation is not None and _due(step, self.recipe.validation.every, self.steps):
+            measured = evaluate.validation(self.student, self.validation, self.recipe.batch.tokens)
+            self.record.append(METRICS, {"kind": "eval", "step": step, "name": "validation", **measured})
+            self.screen.say(f"validation after step {step}: loss {measured['loss']:.4f}")
+        if self.questions and _due(step, self.recipe.exam.every, self.steps):
+            self._examine(step)
+
+    def _examine(self, step: int) -> None:
+        settings = self.recipe.exam
+        score, samples = evaluate.exam(
+            self.student, self.served, self.questions, graders.grader(settings.grader), settings, self.recipe.seed
+        )
+        self.record.append(SAMPLES, *({"step": step, **sample} for sample in samples))
+        self.record.append(METRICS, {"kind": "eval", "step": step, "name": "exam", **score})
+        if step and (self.best is None or score["score"] > self.best["score"]):
+            self.best = {"step": step, "score": score["score"]}
+        self.screen.say(f"exam after step {step}: {score['correct']} of {score['count']} ({score['score']:.1%})")
+
+    def save_is_due(self, step: int, *, asked: bool) -> bool:
+        """Regularly, at the end, when stopped, and when this step's exam is the best."""
+        best = self.best is not None and self.best["step"] == step
+        return asked or best or step == self.steps or step % self.recipe.checkpoint.every == 0
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint and remove those no longer kept."""
+        state = {
+            "position": dataclasses.asdict(self.plan.position(step)), "steps": self.steps, "best": self.best,
+            "data": self.store.fingerprint,
+        }
+        tensors = {checkpoint.WEIGHTS: self.optimizer.weights(), checkpoint.OPTIMIZER: self.optimizer.moments()}
+        checkpoint.save(self.checkpoints, step, tensors, state, recipes.dump(self.recipe))
+        best = None if self.best is None else self.best["step"]
+        removed = checkpoint.prune(self.checkpoints, self.recipe.checkpoint.keep, best)
+        self.record.event("checkpoint saved", step=step, removed=removed)
+
+    def finish(self, status: str) -> None:
+        """Note how the run ended."""
+        seconds = self.info.get("seconds", 0.0) + time.monotonic() - self.began
+        self.info = {**self.info, "status": status, "seconds": seconds}
+        self.record.write("run.json", self.info)
+        self.record.event(status, step=self.done)
+
+
+def begin(recipe: Recipe, path: Path, screen: Screen) -> Run:
+    """Make everything the recipe names, and go back to the newest checkpoint where there is one."""
+    record = Record(recipes.directory(recipe, path))
+    previous = record.read("run.json")
+    _refuse_another_recipe(recipe, previous, record.directory)
+    directory = places.model_directory(recipe.model.path, recipe.model.revision)
+    today = datetime.date.fromisoformat(previous["date"]) if previous else datetime.date.today()
+    serving, rules = served.serving(recipe.model, directory, today), served.rules(recipe)
+    with screen.counting("preparing") as progress:
+        store = prepare.prepare(recipe.data, recipe.data.train, serving, rules, progress)
+        held_out = recipe.data.validation
+        validation = prepare.prepare(recipe.data, held_out, serving, rules, progress) if held_out else None
+    model = served.load(serving)
+    torch.manual_seed(recipe.seed)
+    student = load.load(directory, recipe.model, load.device(recipe.device))
+    difference = load.prove(student)
+    optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision)
+    plan = Plan(
+        store.lengths, store.supervised, store.supervised_tokens, recipe.batch.examples, recipe.batch.tokens, recipe.seed
+    )
+    steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
+    run = Run(
+        recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model), plan, steps
+    )
+    run.info = _info(run, path, today, difference)
+    run.info["seconds"] = previous.get("seconds", 0.0)
+    _describe(run, recipe, rules)
+    _resume(run)
+    return run
+
+
+def _resume(run: Run) -> None:
+    """Continue from the newest checkpoint that verifies; without one, begin."""
+    found, rejected = checkpoint.newest(run.checkpoints)
+    for fault in rejected:
+        run.screen.say(fault.found)
+        run.record.event(fault.found)
+    if found is None:
+        run.record.rewind(-1)
+        run.record.event("started", steps=run.steps)
+        return
+    if found.state["data"] != run.store.fingerprint:
+        raise ConfigError(
+            "the data or the tokenizer changed since this run began", required="the rows and tokenizer it began with",
+            where=str(run.record.directory), remedy="put them back, or start anew with another directory=…",
+        )
+    run.optimizer.load(found.tensors(checkpoint.WEIGHTS), found.tensors(checkpoint.OPTIMIZER))
+    run.record.rewind(found.step)
+    run.done, run.best = found.step, found.state["best"]
+    run.record.event(f"resumed from step {found.step}", step=found.step)
+    run.screen.say(f"resumed from step {found.step} (verified)")
+
+
+def _describe(run: Run, recipe: Recipe, rules: served.Rules) -> None:
+    """Write what is known before the first step, and say it."""
+    run.record.write("run.json", run.info)
+    run.record.write_text("resolved.yaml", recipes.dump(recipe))
+    run.record.write("data.json", {
+        "train": overview.ledger(run.store),
+        "validation": overview.ledger(run.validation) if run.validation else None,
+    })
+    shown = itertools.islice(overview.shown_rows(recipe, run.served, rules), SHOWN_ROWS)
+    run.record.write_text("examples.jsonl", "")
+    run.record.append("examples.jsonl", *shown)
+    run.screen.table("in force", [(row["what"], row["value"]) for row in run.info["in_force"]])
+
+
+def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict[str, Any]:
+    model, plan, recipe = run.student.model, run.plan, run.recipe
+    parameters = sum(one.numel() for one in model.parameters())
+    trainable = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    derived = {
+        "steps_total": run.steps, "steps_per_epoch": plan.steps_per_epoch,
+        "warmup_steps": optim.warmup_steps(recipe.optim, run.steps), "parameters": parameters, "trainable": trainable,
+        "longest_example": int(run.store.lengths.max()), "exam_questions": len(run.questions),
+    }
+    in_force = {
+        "student": f"{type(model).__name__}, {parameters / 1e6:,.2f} M parameters, {trainable / parameters:.0%} trained",
+        "precision": f"{recipe.model.precision}, masters and moments float32" if recipe.model.precision == "bfloat16"
+        else "float32",
+        "attention": f"packed and isolated; equal to {type(model).__name__}'s own to {difference:.0e}",
+        "data": f"{run.store.ledger.rows:,} rows, {len(run.store):,} examples, "
+        f"{run.store.ledger.supervised_tokens:,} of {run.store.ledger.tokens:,} tokens supervised",
+        "stop tokens": f"{', '.join(run.served.stops.texts)}: a target in "
+        f"{run.store.ledger.stopped_turns:,} of {run.store.ledger.turns:,} turns",
+        "steps": f"{run.steps:,} of {recipe.batch.examples} examples, {plan.steps_per_epoch:,} an epoch",
+        "device": str(run.student.device),
+        "directory": str(run.record.directory),
+    }
+    return {
+        "recipe": recipe.model_dump(mode="json"), "recipe_path": str(path), "date": today.isoformat(),
+        "derived": derived, "in_force": [{"what": name, "value": value} for name, value in in_force.items()],
+        "versions": {
+            "schoolhouse": schoolhouse.__version__, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "numpy": np.__version__,
+        },
+        "device": {"kind": str(run.student.device), "machine": platform.machine(), "threads": torch.get_num_threads()},
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "status": "running",
+    }
+
+
+def _refuse_another_recipe(recipe: Recipe, previous: dict[str, Any], directory: Path) -> None:
+    """A run continues only with the settings that decide its weights unchanged."""
+    if not previous:
+        return
+    old, new = recipes.flat(previous["recipe"]), recipes.flat(recipe.model_dump(mode="json"))
+    changed = [
+        f"{key}: {old.get(key)} → {new.get(key)}" for key in {**old, **new}
+        if old.get(key) != new.get(key) and key.split(".")[0] not in HARMLESS
+    ]
+    if changed:
+        raise ConfigError(
+            f"the directory holds a run of another recipe: {'; '.join(changed[:5])}",
+            required="the recipe the run began with", where=str(directory),
+            remedy="undo the changes to continue it, or set directory=… to start anew",
+        )
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step in (0, steps) or (every > 0 and step % every == 0)

@@ -1,0 +1,131 @@
+"""Students that are made, not downloaded: small models with random weights, in the Hugging Face layout.
+
+A student is an ordinary directory: plain `AutoModelForCausalLM` and `AutoTokenizer` load it, and nothing in this
+program treats it otherwise. Its tokenizer is trained on the lessons, its weights come from a fixed seed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from schoolhouse.errors import ConfigError
+from schoolhouse.starter import lessons
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+_STUDENTS: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "model_type": "qwen3",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+    },
+}
+"""The configuration of each student; the vocabulary and the special tokens are the tokenizer's."""
+
+NAMES = tuple(_STUDENTS)
+"""The students there are."""
+
+_SEED = 0
+_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+
+_VOCABULARY = 1024
+_PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_THINKING = ("<think>", "</think>")
+
+_WORDS = r"\p{N}| = \$?<<|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""Qwen's division into words: each digit stands alone, a word carries the blank before it."""
+
+_CORPUS_ROWS = 4000
+
+
+def build(name: str, directory: Path) -> None:
+    """Write a student; raises ConfigError when there is none of that name."""
+    _require(name)
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(directory)
+    _model(_STUDENTS[name], tokenizer).save_pretrained(directory)
+
+
+def fingerprint(name: str) -> str:
+    """The sha256 of all that decides the student: this file, the template, the lessons, the libraries' versions."""
+    _require(name)
+    parts = [name, *(version(library) for library in ("torch", "transformers", "tokenizers"))]
+    parts += [lessons.fingerprint(lesson, "train") for lesson in lessons.NAMES]
+    files = Path(__file__).read_bytes() + _TEMPLATE.read_bytes()
+    return hashlib.sha256(json.dumps(parts).encode() + files).hexdigest()
+
+
+def _require(name: str) -> None:
+    if name in NAMES:
+        return
+    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5) or NAMES[:1]
+    raise ConfigError(
+        f"there is no starter student `{name}`",
+        required=f"one of: {', '.join(f'starter/{known}' for known in NAMES)}",
+        where=f"model: starter/{name}",
+        remedy=f"did you mean `starter/{near[0]}`?",
+    )
+
+
+def _model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Random weights, the same each time; the caller's random numbers are left as they were."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = AutoConfig.for_model(**settings, **ends, vocab_size=len(tokenizer))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(_SEED)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config = GenerationConfig(**ends)
+    return model
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE (Sennrich et al., 2016): no byte is ever lost, no digit is ever merged."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(_corpus(), trainers.BpeTrainer(
+        vocab_size=_VOCABULARY - len(_THINKING),
+        special_tokens=[_PAD, _START, _END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    ))
+    bpe.add_tokens([AddedToken(token, normalized=False) for token in _THINKING])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=_END,
+        pad_token=_PAD,
+        chat_template=_TEMPLATE.read_text(encoding="utf-8"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _corpus() -> Iterator[str]:
+    """The text the tokenizer learns its words from: the first rows of every lesson, and the roles' names."""
+    for lesson in lessons.NAMES:
+        for row in islice(lessons.rows(lesson, "train"), _CORPUS_ROWS):
+            yield "system\nuser\nassistant\n"
+            yield from row.values()

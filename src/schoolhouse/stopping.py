@@ -1,0 +1,46 @@
+"""SIGTERM and ctrl-C: finish the step, save, and leave; a second ctrl-C within three seconds leaves at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from schoolhouse.errors import Stopped
+
+IMPATIENT_SECONDS = 3.0
+INTERRUPTED = 130
+"""Exit code of a process that ctrl-C ended."""
+
+
+class StopRequest:
+    """Whether the user asked the run to stop. Before and after training there is nothing to save: it stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._deferring = False
+        self._last = -IMPATIENT_SECONDS
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal only sets `asked`, for the loop to see after its step."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and now - self._last < IMPATIENT_SECONDS:
+            os._exit(INTERRUPTED)
+        if number == signal.SIGINT:
+            self._last = now
+        self.asked = True
+        if not self._deferring:
+            raise Stopped("stopped; the same command continues from the last checkpoint")

@@ -1,0 +1,64 @@
+"""Talking to a student, and two students side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from schoolhouse import evaluate
+from schoolhouse.config import Exam
+from schoolhouse.data.served import Served
+from schoolhouse.model.load import Student
+from schoolhouse.types import Conversation, Message, Origin, Part
+
+Result = tuple[str, dict[str, Any], Sequence[dict[str, Any]]]
+"""A student's name, its score, and its answers."""
+
+
+def chat(student: Student, served: Served) -> None:
+    """Read a message, write the answer, and keep the conversation, until the end of input or an empty line."""
+    console, messages = Console(highlight=False), []
+    console.print("[dim]an empty line ends the conversation[/dim]")
+    while said := _ask(console):
+        messages.append(Message("user", (Part("text", said),)))
+        answer = reply(student, served, messages)
+        messages.append(Message("assistant", (Part("text", answer),)))
+        console.print(answer, markup=False, style="green")
+
+
+def reply(student: Student, served: Served, messages: Sequence[Message], settings: Exam | None = None) -> str:
+    """The student's answer to a conversation."""
+    prompt = served.prompt(Conversation(tuple(messages), Origin("chat", 1)), len(messages))
+    ids = served.tokenize([prompt])
+    return evaluate.generate(student, served, ids, settings or Exam(), seed=0)[0].text
+
+
+def print_comparison(first: Result, second: Result) -> None:
+    """The questions on which two students differ, then both scores."""
+    table = Table("question", first[0], second[0], show_lines=True)
+    for one, other in zip(first[2], second[2], strict=True):
+        if one["correct"] != other["correct"]:
+            asked = one["question"][-1]["content"] if one["question"] else ""
+            table.add_row(_plain(asked), _marked(one), _marked(other))
+    console = Console(highlight=False)
+    console.print(table)
+    for name, score, _ in (first, second):
+        console.print(f"{name}: {score['correct']} of {score['count']} ({score['score']:.1%})", markup=False)
+
+
+def _ask(console: Console) -> str:
+    try:
+        return console.input("[bold]> [/bold]").strip()
+    except EOFError:
+        return ""
+
+
+def _marked(sample: dict[str, Any]) -> str:
+    return f"[{'green' if sample['correct'] else 'red'}]{_plain(sample['answer'])}[/]"
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")

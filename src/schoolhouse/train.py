@@ -1,0 +1,117 @@
+"""Training. For every optimizer step, over all of its micro-batches and all processes,
+
+    gradient = sum over targets of weight x d(-log p(target)) / N        N = sum of weights of the whole step
+
+N is known from the plan before the first forward: packs, micro-batches and processes decide only where a term of the
+sum is computed, never how much it counts. The loop below is the whole of it:
+
+    rows --prepare--> Store --plan--> PlannedStep --loader--> Step of MicroBatches
+    MicroBatch --student.loss--> LossSum --/ N, backward--> gradient --optimizer--> new weights
+
+The order of the data is a pure function of (seed, epoch, step), and random numbers are keyed by (seed, step, pack).
+So a run that was killed goes on from its newest checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from schoolhouse import memory, optim
+from schoolhouse.data import loader
+from schoolhouse.errors import NonFiniteError, Stopped
+from schoolhouse.model.load import Student
+from schoolhouse.run import Run
+from schoolhouse.stopping import StopRequest
+from schoolhouse.types import Step
+
+
+def train(run: Run, stop: StopRequest) -> None:
+    """Train from where the run stands to its last step; raises Stopped when asked to, with everything saved."""
+    if run.done == 0:
+        run.look(0)
+    ticks = time.perf_counter()
+    with stop.deferred(), run.screen.steps(run.steps, run.done) as progress:
+        for step in loader.steps(run.store, run.plan, run.done + 1, run.steps, run.student.device):
+            loaded = time.perf_counter()
+            nll, correct = compute_gradient(run.student, step, run.recipe.seed)
+            norm = float(run.optimizer.clip())
+            _refuse_non_finite(run, step, nll, norm)
+            rate = optim.learning_rate(run.recipe.optim, step.index, run.steps)
+            run.optimizer.step(rate)
+            done = time.perf_counter()
+            record = _record(step, nll, correct, norm, rate, done - ticks, loaded - ticks)
+            run.note_step(record)
+            progress.show(record)
+            run.look(step.index)
+            if run.save_is_due(step.index, asked=stop.asked):
+                run.save(step.index)
+            if stop.asked and step.index < run.steps:
+                raise Stopped(f"stopped after step {step.index} of {run.steps}; the same command continues")
+            ticks = time.perf_counter()
+
+
+def compute_gradient(student: Student, step: Step, seed: int) -> tuple[float, int]:
+    """Accumulate the gradient of a whole step; its loss (nats per unit of weight) and correct targets.
+
+    What the plan promised must be what met the vocabulary: a token lost or counted twice on the way stops the run.
+    """
+    nll = torch.zeros((), dtype=torch.float64, device=student.device)
+    correct = torch.zeros((), dtype=torch.int64, device=student.device)
+    delivered, weight = 0, torch.zeros((), dtype=torch.float64, device=student.device)
+    for micro in step.micro_batches:
+        torch.manual_seed(_key(seed, step.index, micro.pack))
+        loss = student.loss(micro)
+        (loss.nll / step.supervised).backward()
+        nll += loss.nll.detach()
+        correct += loss.correct
+        weight += loss.supervised
+        delivered += loss.tokens
+    promised = step.planned.supervised_tokens
+    assert delivered == promised, f"step {step.index}: {promised} targets were promised, {delivered} met the loss"
+    assert math.isclose(float(weight), step.supervised, rel_tol=1e-9), f"step {step.index}: weight {float(weight)}"
+    return float(nll) / step.supervised, int(correct)
+
+
+def _key(seed: int, step: int, pack: tuple[int, ...]) -> int:
+    """A random seed of its own for every pack of every step, whichever process computes it."""
+    words = np.random.SeedSequence([seed, step, *pack]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
+def _record(
+    step: Step, loss: float, correct: int, norm: float, rate: float, seconds: float, data_seconds: float
+) -> dict[str, Any]:
+    planned = step.planned
+    return {
+        "kind": "step", "step": step.index, "epoch": planned.epoch, "loss": loss,
+        "accuracy": correct / planned.supervised_tokens, "grad_norm": norm, "learning_rate": rate,
+        "examples": planned.examples, "tokens": planned.tokens, "supervised_tokens": planned.supervised_tokens,
+        "seconds": seconds, "data_seconds": data_seconds, "peak_memory_gib": memory.peak_gib(),
+    }
+
+
+def _refuse_non_finite(run: Run, step: Step, loss: float, norm: float) -> None:
+    """Stop before the update where the loss or the gradient is not a number."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    rows = [str(run.store[index].origin) for pack in step.planned.packs for index in pack]
+    _write_bad_step(run, step, loss, norm, rows)
+    raise NonFiniteError(
+        f"step {step.index} has the loss {loss} and a gradient of norm {norm}",
+        required="finite numbers; nothing was updated and the last checkpoint is sound",
+        where=f"{run.record.directory / 'bad_step.json'} lists its {len(rows)} examples",
+        remedy="lower optim.learning_rate, lengthen optim.warmup, or look at these rows",
+    )
+
+
+def _write_bad_step(run: Run, step: Step, loss: float, norm: float, rows: Sequence[str]) -> None:
+    run.record.write("bad_step.json", {
+        "step": step.index, "seed": run.recipe.seed, "loss": str(loss), "grad_norm": str(norm), "examples": rows,
+        "packs": step.planned.packs,
+    })
