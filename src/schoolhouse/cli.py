@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from schoolhouse import __version__
 from schoolhouse.errors import SchoolhouseError, Stopped
@@ -16,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     options = parser().parse_args(arguments)
     from schoolhouse import commands
+
+    sys.path.insert(0, str(Path.cwd()))  # where a user's own `module:function` is looked for, as with `python -m`
 
     try:
         commands.COMMANDS[options.command](options)

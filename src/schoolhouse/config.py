@@ -24,12 +24,12 @@ class Section(BaseModel):
 
 
 class Rows(Section):
-    """How a row becomes a conversation. With none of these set, the columns are recognised."""
+    """How a row becomes a conversation. With none of these set, columns decide."""
 
     format: (
         Literal["messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"] | None
     ) = None
-    """The form of the rows. Unset: recognised from the columns of the first row."""
+    """The form of the rows. Unset: recognised from the columns."""
     columns: dict[str, str] | None = None
     """Where the form's fields stand, e.g. `{question: extra_info.question}`; dots reach into nested values."""
     messages: list[dict[str, str]] | None = None

@@ -1,1 +1,1 @@
-"""From a raw row to the steps that are trained: formats, turns, encoding, store, plan, loader, and how to look at it."""
+"""From a raw row to what is trained: formats, turns, encoding, store, plan and loader; and how to look at it."""

@@ -19,6 +19,9 @@ from typing import Any
 
 import pyarrow as pa
 
+ERRORS = (pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError)
+"""What reading damaged tables raises."""
+
 _Mend = Callable[[Any], Any]
 _CONTENT = ("role", "from", "content", "value")
 _CALLS = ("tool_calls", "function_call", "tools", "functions")

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schoolhouse.data import arrow
@@ -39,7 +38,7 @@ def rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     """Every row of a file, with its line in a line-based file, else its position; `name` stands in errors."""
     try:
         yield from READERS[kind(path)](path, name)
-    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, csv.Error, *arrow.ERRORS) as error:
         raise DataError(
             f"the file cannot be read: {error}", required=f"a whole {kind(path)} file; texts in UTF-8", where=name,
             remedy="check that it was copied completely, its permissions, and its encoding",

@@ -216,7 +216,7 @@ def _form(fields: _Fields, name: str | None) -> _Form:
     filled = {column for column in columns if column in fields.columns or fields.row[column] is not None}
     fits = _fitting(forms, filled) or _fitting(forms, columns)
     if not fits:
-        raise _unrecognised(fields, forms, name)
+        raise _unrecognised(fields, name)
     if len(fits) > 1 and fits[0].name not in ("messages", "sharegpt"):
         raise DataError(
             f"the columns fit {' and '.join(_spelled(form) for form in fits)}", required="one form",
@@ -243,10 +243,12 @@ def _example(form: _Form) -> str:
     return "{" + ", ".join(f"{field}: {field}" for field in form.required) + "}"
 
 
-def _unrecognised(fields: _Fields, forms: list[_Form], name: str | None) -> DataError:
+def _unrecognised(fields: _Fields, name: str | None) -> DataError:
+    known = {form.name: ", ".join(form.required) for form in reversed(_FORMS) if name in (None, form.name)}
     return DataError(
         f"the columns {_names(fields.row)} " + ("are of no known form" if name is None else f"do not fit {name}"),
-        required=" or ".join(dict.fromkeys(_spelled(form) for form in forms)), where=str(fields.origin),
+        required=" or ".join(f"{form} ({columns})" for form, columns in reversed(known.items())),
+        where=str(fields.origin),
         remedy="say where the fields stand with data.columns, or write the conversation with data.messages",
     )
 
@@ -317,7 +319,7 @@ def _filled(template: Mapping[str, str], fields: _Fields, where: str) -> dict[st
 
 def _inserted(path: str, fields: _Fields) -> str:
     """What stands in place of `{path}`: a text as it is, anything else as JSON; a null is an error."""
-    where = f"{fields.origin} {path}"
+    where = f"{fields.origin} {{{path}}}"
     value = fields[path] if path in fields.columns else _column(fields.row, path, where)
     if value is None:
         raise DataError(

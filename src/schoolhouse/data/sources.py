@@ -107,8 +107,7 @@ def _rows(place: _Place, source: Source) -> Iterator[tuple[Origin, dict[str, Any
             numbered = enumerate(lessons.rows(place.name, place.split), 1)
         case "saved" | "hub":
             dataset = _saved(place, source) if place.kind == "saved" else _hub(place, source)
-            tables = dataset.with_format("arrow").iter(files.BATCH)
-            numbered = enumerate((row for table in tables for row in arrow.rows(table)), 1)
+            numbered = enumerate(_rows_of_dataset(dataset, source), 1)
     for number, row in numbered:
         yield Origin(source.path, number), row
 
@@ -220,6 +219,15 @@ def _chosen(splits: Sequence[str], wanted: str | None, where: str) -> str:
 # The datasets library, imported only where it is needed.
 
 
+def _rows_of_dataset(dataset: Dataset, source: Source) -> Iterator[dict[str, Any]]:
+    """The rows as they are stored: images stay unread."""
+    try:
+        for table in dataset.with_format("arrow").iter(files.BATCH):
+            yield from arrow.rows(table)
+    except (OSError, *arrow.ERRORS) as error:
+        raise _unreadable(error, source) from None
+
+
 def _saved(place: _Place, source: Source) -> Dataset:
     from datasets import load_from_disk
 
@@ -240,9 +248,9 @@ def _hub(place: _Place, source: Source) -> Dataset:
     try:
         return load_dataset(place.name, place.config, split=place.split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"the hub's data set was not loaded: {first:.200}", where=source.path,
+            f"the hub's data set was not loaded: {reason:.300}", where=source.path,
             required="a path that exists, or name:config:split of a data set that can be reached or is in the cache",
             remedy="check the name and the network (`hf auth login` for gated ones); without a network, load it once "
             "where there is one and copy the cache, or download its files and name their directory",

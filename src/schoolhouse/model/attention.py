@@ -21,20 +21,17 @@ PADDING = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Examples of one micro-batch that are attended to in one call."""
-
-    index: torch.Tensor
-    """i64[E, T]: the place in the sequence of each example's tokens; padding repeats the last one."""
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
-    """How a micro-batch is cut into groups; built once, used by every layer."""
+    """How a micro-batch of S tokens is cut into groups of P tokens in all; built once, used by every layer."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[tuple[int, int], ...]
+    """(E, T) of each group: its examples, and its longest one's tokens."""
+    there: torch.Tensor
+    """i64[P]: the place in the sequence of each token of the groups, laid end to end; padding repeats a token."""
     back: torch.Tensor
-    """i64[S]: where each token of the sequence stands among the groups' tokens, laid end to end."""
+    """i64[S]: the place among the groups of each token of the sequence."""
+    padding: torch.Tensor
+    """i64[P - S]: the places among the groups that are padding."""
 
 
 def register() -> None:
@@ -44,25 +41,23 @@ def register() -> None:
 
 def layout(boundaries: Sequence[int], device: torch.device) -> Layout:
     """Group the examples between `boundaries` (E + 1 offsets) by length."""
-    spans = sorted(itertools.pairwise(boundaries), key=lambda span: span[0] - span[1])
     groups: list[list[tuple[int, int]]] = []
-    for start, end in spans:
+    for start, end in sorted(itertools.pairwise(boundaries), key=lambda span: span[0] - span[1]):
         if groups and end - start >= (1 - PADDING) * (groups[-1][0][1] - groups[-1][0][0]):
             groups[-1].append((start, end))
         else:
             groups.append([(start, end)])
-    back = torch.empty(boundaries[-1], dtype=torch.int64)
-    before, made = 0, []
+    there, real = [], []
     for members in groups:
-        longest = members[0][1] - members[0][0]
-        starts = torch.tensor([start for start, _ in members]).unsqueeze(1)
-        lasts = torch.tensor([end - 1 for _, end in members]).unsqueeze(1)
-        made.append(Group(torch.minimum(starts + torch.arange(longest), lasts).to(device)))
-        for row, (start, end) in enumerate(members):
-            first = before + row * longest
-            back[start:end] = torch.arange(first, first + end - start)
-        before += len(members) * longest
-    return Layout(tuple(made), back.to(device))
+        spans = torch.tensor(members)
+        places = spans[:, :1] + torch.arange(int(spans[0, 1] - spans[0, 0]))
+        there.append(torch.minimum(places, spans[:, 1:] - 1).flatten())
+        real.append((places < spans[:, 1:]).flatten())
+    there, real = torch.cat(there), torch.cat(real)
+    back = torch.empty(boundaries[-1], dtype=torch.int64)
+    back[there[real]] = real.nonzero().flatten()
+    shapes = tuple((len(members), members[0][1] - members[0][0]) for members in groups)
+    return Layout(shapes, there.to(device), back.to(device), (~real).nonzero().flatten().to(device))
 
 
 def packed_attention(
@@ -86,10 +81,12 @@ def packed_attention(
     holds a sink for each head (GPT-OSS). Grouped heads are those of `query` in runs of H / H'.
     """
     assert attention_mask is None and query.shape[0] == 1, "packed attention takes one sequence and its layout"
+    heads_last = (states[0].transpose(0, 1) for states in (query, key, value))
+    parts = [_ToGroups.apply(states, layout).split([e * t for e, t in layout.groups]) for states in heads_last]
     outputs = []
-    for group in layout.groups:
-        queries, keys, values = (_take(states, group.index) for states in (query, key, value))
-        mask = _window(group.index.shape[1], sliding_window, query.device)
+    for (examples, length), *group in zip(layout.groups, *parts, strict=True):
+        queries, keys, values = (states.unflatten(0, (examples, length)).transpose(1, 2) for states in group)
+        mask = _window(length, sliding_window, query.device)
         if softcap is None and s_aux is None:
             attended = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
@@ -98,13 +95,34 @@ def packed_attention(
         else:
             attended = _explicit(queries, keys, values, mask, scaling, dropout, softcap, s_aux)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, layout.back).unsqueeze(0), None
+    return _FromGroups.apply(torch.cat(outputs), layout).unsqueeze(0), None
 
 
-def _take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """States [1, H, S, K] of a group's examples as [E, H, T, K]."""
-    taken = states[0].transpose(0, 1).index_select(0, index.flatten())
-    return taken.unflatten(0, index.shape).transpose(1, 2)
+class _ToGroups(torch.autograd.Function):
+    """States [S, H, K] of the sequence as [P, H, K] of the groups; padding has no gradient, so backward only picks."""
+
+    @staticmethod
+    def forward(ctx, states, layout):
+        ctx.layout = layout
+        return states.index_select(0, layout.there)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.layout.back), None
+
+
+class _FromGroups(torch.autograd.Function):
+    """States [P, H, K] of the groups as [S, H, K] of the sequence; what padding computed is dropped."""
+
+    @staticmethod
+    def forward(ctx, states, layout):
+        ctx.layout = layout
+        return states.index_select(0, layout.back)
+
+    @staticmethod
+    def backward(ctx, grad):
+        picked = grad.index_select(0, ctx.layout.there)
+        return picked.index_fill_(0, ctx.layout.padding, 0), None
 
 
 def _window(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:

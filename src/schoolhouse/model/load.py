@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +63,15 @@ def load(directory: Path, settings: Model, place: torch.device) -> Student:
         ) from None
     model.to(place).train()
     if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return Student(model, families.head(model))
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the input of each block in forward; backward computes the rest again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.2x; the new name is not in 5.17
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def prove(student: Student, tokens: int = 7) -> float:

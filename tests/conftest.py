@@ -1,0 +1,31 @@
+"""Fixtures: the starter student, its lesson, and the shared real data where it is present."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the tests' own, so that no test reads what another run of the program left."""
+    place = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("TRANSFORMERS_VERBOSITY", "error")
+        yield place
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The directory of real data beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the real data of ../shared, which is not here")
+    return SHARED
