@@ -15,7 +15,7 @@ OVERRIDES = "settings put over the recipe's, e.g. optim.learning_rate=1e-4"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     from schoolhouse import commands
 
     sys.path.insert(0, str(Path.cwd()))  # where a user's own `module:function` is looked for, as with `python -m`
@@ -32,6 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(Stopped.exit_code)
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line; settings may stand before and after the options."""
+    grammar = parser()
+    options, rest = grammar.parse_known_args(arguments)
+    unknown = [word for word in rest if "overrides" not in options or word.startswith("-") or "=" not in word]
+    if unknown:
+        grammar.error(f"unknown argument: {unknown[0]}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def parser() -> argparse.ArgumentParser:
     """The grammar of the command line."""
     top = argparse.ArgumentParser(
@@ -40,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _with_recipe(commands, "run", "train; continues by itself where the directory holds an unfinished run")
+    run = _with_recipe(commands, "run", "train; continues by itself where the directory holds an unfinished run")
+    run.add_argument("--nproc", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
     check = _with_recipe(commands, "check", "everything that can be known before training: settings, rows, lengths")
     check.add_argument("--json", action="store_true", help="print JSON")
     _show(_with_recipe(commands, "show", "the tokens as they are trained, coloured"))

@@ -25,6 +25,11 @@ EXAMPLES = Path("examples/sft")
 def run(options: Namespace) -> None:
     """Train, and write the report at the end, whichever end it is."""
     recipe = recipes.read(options.recipe, options.overrides)
+    if options.nproc != 1:
+        raise ConfigError(
+            f"--nproc {options.nproc}: this version trains with one process", required="--nproc 1",
+            where="command line", remedy="use 1; batch.tokens bounds the memory of a micro-batch",
+        )
     from schoolhouse import run as runs
     from schoolhouse.report import page
     from schoolhouse.screen import Screen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -63,13 +64,17 @@ def shown_rows(
     recipe: Recipe, model: Served, rules: Rules, first: int = 0, end: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """The examples of training rows `first` up to `end`, as `show --json` prints them."""
-    special = set(model.tokenizer.all_special_ids)
+    added = model.tokenizer.added_tokens_decoder.items()
+    special = {*model.tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+    decode = functools.partial(
+        model.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
     for settings, (origin, row) in itertools.islice(prepare.rows_of(recipe.data, recipe.data.train), first, end):
         if isinstance(row, DataError):
             raise row
         encoded = model.encode(row, settings, origin, rules)
         if encoded is not None:
-            yield from show.to_json(encoded, model.tokenizer.decode, special)
+            yield from show.to_json(encoded, decode, special)
 
 
 def print_overview(found: dict[str, Any]) -> None:

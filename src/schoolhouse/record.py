@@ -69,9 +69,10 @@ class Record:
                              "event": event, **fields})
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Forget records after `step`, and a last line that a kill tore; the metrics that remain."""
-        for name in (METRICS, SAMPLES):
-            kept = [value for value in read_lines(self.directory / name) if value["step"] <= step]
+        """Forget what was measured after `step`, and last lines that a kill tore; the metrics that remain."""
+        for name in (METRICS, SAMPLES, EVENTS):
+            lines = read_lines(self.directory / name)
+            kept = lines if name == EVENTS else [value for value in lines if value["step"] <= step]
             self.write_text(name, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in kept))
         return read_lines(self.directory / METRICS)
 
