@@ -47,6 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def parser() -> argparse.ArgumentParser:
     """The grammar of the command line."""
     top = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="schoolhouse", description="Supervised fine-tuning that can be proved: from a raw row to an exam result."
     )
     top.add_argument("--version", action="version", version=__version__)
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: argparse._SubParsersAction, name: str, does: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=does, description=does[0].upper() + does[1:] + ".")
+    return commands.add_parser(name, allow_abbrev=False, help=does, description=does[0].upper() + does[1:] + ".")
 
 
 def _with_recipe(commands: argparse._SubParsersAction, name: str, does: str) -> argparse.ArgumentParser:
