@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,17 @@ from pathlib import Path
 from schoolhouse import __version__
 from schoolhouse.errors import SchoolhouseError, Stopped
 
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+"""Read by libraries when they are imported: their progress bars and advice do not belong in our output."""
 OVERRIDES = "settings put over the recipe's, e.g. optim.learning_rate=1e-4"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     options = parse(arguments)
+    os.environ.update({**QUIET, **os.environ})
     from schoolhouse import commands
 
     sys.path.insert(0, str(Path.cwd()))  # where a user's own `module:function` is looked for, as with `python -m`

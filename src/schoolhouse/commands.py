@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -36,7 +35,6 @@ def run(options: Namespace) -> None:
     from schoolhouse.stopping import StopRequest
     from schoolhouse.train import train
 
-    _quiet_libraries()
     stop, screen = StopRequest(), Screen()
     running = runs.begin(recipe, Path(options.recipe), screen)
     status = "failed"
@@ -55,7 +53,6 @@ def check(options: Namespace) -> None:
     from schoolhouse import overview
     from schoolhouse.screen import Screen
 
-    _quiet_libraries()
     screen = Screen()
     found = overview.overview(recipe, _serving(recipe), screen)
     if options.json:
@@ -73,7 +70,6 @@ def show(options: Namespace) -> None:
     from schoolhouse.data import served
     from schoolhouse.data import show as shown
 
-    _quiet_libraries()
     first, end = _row_range(options.rows)
     model = served.load(_serving(recipe))
     examples = list(overview.shown_rows(recipe, model, served.rules(recipe), first, end))
@@ -110,7 +106,6 @@ def chat(options: Namespace) -> None:
     """Talk until the end of input."""
     from schoolhouse import talk, trained
 
-    _quiet_libraries()
     talk.chat(*trained.open_student(options.target))
 
 
@@ -118,7 +113,6 @@ def export(options: Namespace) -> None:
     """Write a Hugging Face directory of a run's checkpoint, proved equal."""
     from schoolhouse import trained
 
-    _quiet_libraries()
     out = trained.export_run(Path(options.target), options.out, options.step)
     print(f"exported and verified: {out}")
 
@@ -222,14 +216,6 @@ def _examine(target: str, recipe: Recipe) -> tuple[dict[str, Any], list[dict[str
         raise ConfigError(
             "the recipe has no exam", required="exam.data", where="exam.data", remedy="add exam.data=SOURCE"
         )
-    _quiet_libraries()
     student, model = trained.open_student(target)
     asked = evaluation.questions(recipe, model)
     return evaluation.exam(student, model, asked, graders.grader(recipe.exam.grader), recipe.exam, recipe.seed)
-
-
-def _quiet_libraries() -> None:
-    """Progress bars and advice of libraries do not belong in our output; their errors do. Read when they are imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

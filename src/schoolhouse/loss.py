@@ -62,18 +62,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             logits = _logits(rows[part], matrix, bias, scale, softcap, accurate)
-            target = labels[part].unsqueeze(1)
-            correct += (logits.argmax(1, keepdim=True) == target).sum()
+            slope = _slope(logits, softcap, scale) if any(wanted) else None
+            target, weight = labels[part].unsqueeze(1), weights[part].to(accurate).unsqueeze(1)
             scores = logits.gather(1, target)
-            normalizer = logits.logsumexp(1, keepdim=True)
-            nll += ((normalizer - scores).squeeze(1) * weights[part]).sum(dtype=nll.dtype)
+            highest, likeliest = logits.max(1, keepdim=True)
+            correct += (likeliest == target).sum()
+            shares = logits.sub_(highest).exp_()  # each pass over [rows, V] costs; five of them do it all
+            total = shares.sum(1, keepdim=True)
+            nll += ((total.log() + highest - scores) * weight).sum(dtype=nll.dtype)
             if not any(wanted):
                 continue
-            slope = _slope(logits, softcap, scale)
-            grad = logits.sub_(normalizer).exp_()
-            grad.scatter_add_(1, target, torch.full_like(scores, -1.0))
-            grad.mul_(weights[part].to(accurate).unsqueeze(1))
-            grad = grad * slope if slope is not None else grad
+            grad = shares.mul_(weight / total).scatter_add_(1, target, -weight)
+            grad = grad if slope is None else grad.mul_(slope)
             narrow = grad.to(rows.dtype)
             if grad_rows is not None:
                 torch.mm(narrow, matrix, out=grad_rows[part])
