@@ -42,7 +42,7 @@ class Source(Rows):
     """One place rows come from. Its row settings stand in front of those of `data`."""
 
     path: str
-    """A `.jsonl`, `.json`, `.parquet` or `.csv` file, a saved data set, `starter/…`, or a hub id `name:config:split`."""
+    """A `.jsonl`, `.json`, `.parquet` or `.csv` file, a saved data set, `starter/…`, or a hub `name:config:split`."""
     limit: PositiveInt | None = None
     """Read only this many rows, from the beginning."""
 
@@ -196,7 +196,7 @@ class Recipe(Section):
     def _whole(self) -> Recipe:
         longest = self.data.max_tokens
         if longest is not None and longest > self.batch.tokens:
-            raise ValueError(f"data.max_tokens ({longest}) must fit in one micro-batch (batch.tokens, {self.batch.tokens})")
+            raise ValueError(f"data.max_tokens ({longest}) must fit in a micro-batch (batch.tokens, {self.batch.tokens})")
         if self.validation.every and self.data.validation is None:
             raise ValueError("validation.every needs data.validation")
         if self.exam.every and self.exam.data is None:

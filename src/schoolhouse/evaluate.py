@@ -60,7 +60,7 @@ def validation(student: Student, store: Store, batch_tokens: int) -> dict[str, A
 
 
 def questions(recipe: Recipe, served: Served) -> list[Question]:
-    """The recipe's exam: each conversation's last assistant message is the reference, what stands before it is shown."""
+    """The recipe's exam: a conversation's last assistant message is the reference, what stands before it is shown."""
     source = recipe.exam.data
     if source is None:
         return []
@@ -110,7 +110,7 @@ def exam(
 def generate(
     student: Student, served: Served, prompts: Sequence[Sequence[int]], settings: Exam, seed: int
 ) -> list[Answer]:
-    """An answer to each prompt (token ids), many at a time with a key/value cache, the stop tokens those of training."""
+    """An answer to each prompt (token ids), many at a time with a key/value cache and the stop tokens of training."""
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: list[Answer | None] = [None] * len(prompts)
     with _evaluating(student), _serving_attention(student), torch.random.fork_rng():

@@ -47,7 +47,7 @@ def grader(name: str) -> Grader:
 
 
 def gsm8k(answer: str, reference: str) -> Grade:
-    """The number after the last `####`, thousands separators and units ignored (Cobbe et al., 2021, arXiv:2110.14168)."""
+    """The number after the last `####`, thousands separators and units ignored (Cobbe et al., 2021)."""
     found, wanted = _final_number(answer), _final_number(reference)
     return Grade(found is not None and found == wanted, None if found is None else f"{found:f}")
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from schoolhouse.config import Recipe, Source
+from schoolhouse.data import plan as plans
 from schoolhouse.data import prepare, served, show
-from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
@@ -27,9 +27,7 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
     """Prepare all sources of a recipe and describe them; what `check --json` prints."""
     train = prepared(recipe, recipe.data.train, serving, screen)
     held_out = recipe.data.validation
-    plan = Plan(
-        train.lengths, train.supervised, train.supervised_tokens, recipe.batch.examples, recipe.batch.tokens, recipe.seed
-    )
+    plan = plans.plan(train, recipe)
     first = plan.step(1)
     return {
         "train": ledger(train),

@@ -79,7 +79,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise ConfigError(
             f"the recipe is not valid YAML: {getattr(error, 'problem', None) or error}",
-            required="YAML with plain values", where=where, remedy="mend the line; strings with `: ` or `#` need quotes",
+            required="YAML with plain values", where=where, remedy="mend the line; text with `: ` or `#` needs quotes",
         ) from None
     if not isinstance(values, dict):
         raise ConfigError(

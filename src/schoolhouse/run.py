@@ -20,6 +20,7 @@ import schoolhouse
 from schoolhouse import checkpoint, evaluate, graders, optim, overview, places
 from schoolhouse import recipe as recipes
 from schoolhouse.config import Recipe
+from schoolhouse.data import plan as plans
 from schoolhouse.data import prepare, served
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
@@ -130,12 +131,11 @@ def begin(recipe: Recipe, path: Path, screen: Screen) -> Run:
     student = load.load(directory, recipe.model, load.device(recipe.device))
     difference = load.prove(student)
     optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision)
-    plan = Plan(
-        store.lengths, store.supervised, store.supervised_tokens, recipe.batch.examples, recipe.batch.tokens, recipe.seed
-    )
+    plan = plans.plan(store, recipe)
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
     run = Run(
-        recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model), plan, steps
+        recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
+        plan, steps,
     )
     run.info = _info(run, path, today, difference)
     run.info["seconds"] = previous.get("seconds", 0.0)
@@ -190,7 +190,8 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
         "longest_example": int(run.store.lengths.max()), "exam_questions": len(run.questions),
     }
     in_force = {
-        "student": f"{type(model).__name__}, {parameters / 1e6:,.2f} M parameters, {trainable / parameters:.0%} trained",
+        "student": f"{type(model).__name__}, {parameters / 1e6:,.2f} M parameters, "
+        f"{trainable / parameters:.0%} trained",
         "precision": f"{recipe.model.precision}, masters and moments float32" if recipe.model.precision == "bfloat16"
         else "float32",
         "attention": f"packed and isolated; equal to {type(model).__name__}'s own to {difference:.0e}",

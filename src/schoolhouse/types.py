@@ -51,7 +51,7 @@ class Message:
     parts: tuple[Part, ...]
     reasoning: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
-    """OpenAI form: `{"type": "function", "id": ?, "function": {"name", "arguments"}}`, arguments as the data has them."""
+    """OpenAI form: `{"type", "id", "function": {"name", "arguments"}}`, arguments as the data has them."""
     tool_call_id: str | None = None
     name: str | None = None
     weight: float | None = None

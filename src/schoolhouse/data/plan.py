@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from schoolhouse.config import Recipe
+from schoolhouse.data.store import Store
 from schoolhouse.errors import ConfigError
 from schoolhouse.types import PlannedStep, Position
 
@@ -55,6 +57,14 @@ class Plan:
             supervised_tokens=int(self.supervised_tokens[chosen].sum()),
             supervised=float(self.supervised[chosen].sum()),
         )
+
+
+def plan(store: Store, recipe: Recipe, ranks: int = 1) -> Plan:
+    """The plan of a recipe over its prepared rows."""
+    return Plan(
+        store.lengths, store.supervised, store.supervised_tokens,
+        recipe.batch.examples, recipe.batch.tokens, recipe.seed, ranks,
+    )
 
 
 @functools.lru_cache(maxsize=2)

@@ -163,7 +163,8 @@ def _encode_chunk(serving: Serving, rules: Rules, names: Sequence[str], chunk: C
             ready += _turns_of(model, row, settings, origin, rules, tally)
         except DataError as error:
             tally.faults.append(error)
-    texts = list(dict.fromkeys(text for _, taught in ready for turn in taught for text in (turn.prompt, turn.completion)))
+    taught_turns = [turn for _, taught in ready for turn in taught]
+    texts = list(dict.fromkeys(text for turn in taught_turns for text in (turn.prompt, turn.completion)))
     known = dict(zip(texts, model.tokenize(texts), strict=True))
     examples = []
     for conversation, taught in ready:

@@ -25,13 +25,13 @@ SPLITS = ("train", "validation", "exam")
 """The parts of a lesson; no problem stands in two of them."""
 
 _SIZES = {"train": 24_000, "validation": 256, "exam": 256}
-_SHARES = {"train": range(14), "validation": range(14, 15), "exam": range(15, 16)}
-"""Which sixteenths of all calculations belong to a split."""
+_SHARES = {"train": range(30), "validation": range(30, 31), "exam": range(31, 32)}
+"""Which thirty-seconds of all calculations belong to a split."""
 
-_LARGEST = 999
+_LARGEST = 99
 """No number in a problem is larger."""
 
-_RANGES = {"a": (3, 99), "b": (3, 99), "c": (3, 99), "n": (2, 9), "m": (2, 9), "p": (3, 20), "q": (3, 20)}
+_RANGES = {"a": (2, 20), "b": (2, 20), "c": (2, 20), "n": (2, 6), "m": (2, 6), "p": (2, 10), "q": (2, 10)}
 """The smallest and largest value of each number that a problem may give."""
 
 _PEOPLE = {
@@ -146,7 +146,7 @@ _PROBLEMS = (
      "The {things} cost [$n*p=u].", "{A} has [$a-u=v] left.", "Now {he} has [$v+c=w]."),
     ("{A} (bakes|makes) {n} trays of {p} buns. {He} keeps {b} and sells the rest at $2 each. How much does {he} earn?",
      "{A} makes [n*p=u] buns.", "{He} sells [u-b=v] buns.", "{He} earns [$v*2=w]."),
-    ("{A} has {a} {things}, {B} has half as many, and {C} has {b} more than {B}. How many {things} do {B} and {C} have?",
+    ("{A} has {a} {things}, {B} half as many, and {C} has {b} more than {B}. How many {things} do {B} and {C} have?",
      "{B} has [a/2=u] {things}.", "{C} has [u+b=v] {things}.", "Together they have [u+v=w] {things}."),
     ("{A} has {a} red and {b} blue {things}. {He} gives {c} away and shares the rest equally with {B}. How many does "
      "each get?",
@@ -181,7 +181,7 @@ def rows(name: str, split: str) -> Iterator[dict[str, str]]:
         numbers = None
         while numbers is None:
             numbers = _solve(problem, {letter: _draw(random, *_RANGES[letter]) for letter in problem.given})
-        if _sixteenth(problem, numbers) not in _SHARES[split]:
+        if _part_of_all(problem, numbers) not in _SHARES[split]:
             continue
         row = _write(random, problem, numbers)
         if row["question"] not in seen:
@@ -256,7 +256,7 @@ def _solve(problem: _Problem, numbers: dict[str, int]) -> dict[str, int] | None:
     return numbers
 
 
-def _sixteenth(problem: _Problem, numbers: dict[str, int]) -> int:
+def _part_of_all(problem: _Problem, numbers: dict[str, int]) -> int:
     """The part of all calculations this one belongs to, whatever words it is put in.
 
     This is what keeps the exam unseen: a calculation is its operators and numbers, the order of the two
@@ -266,7 +266,7 @@ def _sixteenth(problem: _Problem, numbers: dict[str, int]) -> int:
     for left, operator, right, _ in problem.steps:
         sides = [numbers[part] if part in numbers else int(part) for part in (left, right)]
         chain.append(f"{operator}".join(map(str, sorted(sides) if operator in "+*" else sides)))
-    return hashlib.sha256(";".join(chain).encode()).digest()[0] % 16
+    return hashlib.sha256(";".join(chain).encode()).digest()[0] % 32
 
 
 def _write(random: Random, problem: _Problem, numbers: dict[str, int]) -> dict[str, str]:

@@ -31,7 +31,8 @@ _STUDENTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "head_dim": 32,
         "max_position_embeddings": 2048,
-        "initializer_range": 0.02,
+        "initializer_range": 0.06,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 200.0},
         "tie_word_embeddings": True,
     },
 }
@@ -47,8 +48,14 @@ _VOCABULARY = 1024
 _PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _THINKING = ("<think>", "</think>")
 
-_WORDS = r"\p{N}| = \$?<<|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""Qwen's division into words: each digit stands alone, a word carries the blank before it."""
+_WORDS = (
+    r"\p{N}"
+    r"| = \$?<<"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+(?:\n| (?=\p{N}))?"
+    r"| ?[^\s\p{L}\p{N}]+(?:[\r\n]+| (?=\p{N}))?"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where words part: each digit stands alone; a word carries the blank before it, and one between it and a number."""
 
 _CORPUS_ROWS = 4000
 
