@@ -22,6 +22,7 @@ from typing import Any
 
 import safetensors
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,6 +42,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """Optimizer steps done."""
         return self.state["step"]
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
@@ -75,11 +77,14 @@ def save(
             _remove(final)
         staging.rename(final)
         _sync(parent)
-    except OSError as error:
+        for later in steps_in(parent):  # refused ones that the run went back behind, and now writes anew
+            if _step(later) > step:
+                _remove(later)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         free = shutil.disk_usage(parent).free if parent.is_dir() else 0
         raise CheckpointError(
-            f"the checkpoint of step {step} was not written: {error.strerror or error}",
+            f"the checkpoint of step {step} was not written: {error}",
             required=f"space for the weights and twice as much for their moments; {free / 2**30:.2f} GiB are free",
             where=str(parent), remedy="make room and run the same command again; earlier checkpoints are untouched",
         ) from error
@@ -119,14 +124,18 @@ def newest(parent: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
 def steps_in(parent: Path) -> list[Path]:
     """The directories of checkpoints, oldest first; whether they are whole is not looked at."""
     found = [path for path in parent.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
 
 
 def prune(parent: Path, keep: int, best: int | None) -> list[int]:
     """Remove all but the newest `keep` checkpoints and the one of step `best`; the steps removed."""
     removed = []
     for path in steps_in(parent)[:-keep]:
-        step = int(path.name.removeprefix(PREFIX))
+        step = _step(path)
         if step != best:
             _remove(path)
             removed.append(step)

@@ -10,11 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NaturalInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NaturalFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NaturalInt = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NaturalFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
 
 
 class Section(BaseModel):
@@ -56,7 +58,11 @@ def _sources(value: object) -> object:
 
 
 AnySource = Annotated[Source, BeforeValidator(_source, json_schema_input_type=Source | str)]
-AnySources = Annotated[tuple[AnySource, ...], BeforeValidator(_sources), Field(min_length=1)]
+_SourceList = Annotated[list[Source | str], Field(min_length=1)]
+AnySources = Annotated[
+    tuple[AnySource, ...], Field(min_length=1),
+    BeforeValidator(_sources, json_schema_input_type=Source | str | _SourceList),
+]
 
 
 class Data(Rows):
@@ -93,7 +99,7 @@ class Model(Section):
     """Further variables of the chat template, e.g. `{enable_thinking: false}`."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end an answer. Unset: the model's own generation configuration, else the tokenizer's end token."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Switch = False
     """Keep only the input of each block and compute it again in backward: less memory, about a third more time."""
 
 
@@ -128,9 +134,9 @@ class Optim(Section):
     """The learning rate of the last step, as a share of the peak."""
     weight_decay: NaturalFloat = 0.01
     """Decoupled decay of matrices; vectors (norms, biases) are never decayed."""
-    beta1: Fraction = 0.9
+    beta1: Decay = 0.9
     """Decay of the mean of gradients."""
-    beta2: Fraction = 0.95
+    beta2: Decay = 0.95
     """Decay of the mean of squared gradients."""
     epsilon: PositiveFloat = 1e-8
     """Added to the root of the mean of squared gradients."""
@@ -158,7 +164,7 @@ class Exam(Section):
     """The longest answer, in tokens; one that has not stopped by then is graded as it stands."""
     temperature: NaturalFloat = 0.0
     """0 takes the most likely token; otherwise answers are drawn, the same ones for the same seed."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, strict=True)] = 1.0
     """Draw only from the most likely tokens that hold this much probability."""
     examples: PositiveInt = 64
     """Questions answered at the same time."""
@@ -196,7 +202,7 @@ class Recipe(Section):
     def _whole(self) -> Recipe:
         longest = self.data.max_tokens
         if longest is not None and longest > self.batch.tokens:
-            raise ValueError(f"data.max_tokens ({longest}) must fit in a micro-batch (batch.tokens, {self.batch.tokens})")
+            raise ValueError(f"data.max_tokens ({longest}) must not exceed batch.tokens ({self.batch.tokens})")
         if self.validation.every and self.data.validation is None:
             raise ValueError("validation.every needs data.validation")
         if self.exam.every and self.exam.data is None:

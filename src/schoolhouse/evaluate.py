@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from schoolhouse.config import Exam, Recipe
 from schoolhouse.data import formats, loader, plan, prepare, sources
@@ -16,7 +17,7 @@ from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
 from schoolhouse.graders import Grader
-from schoolhouse.model import attention
+from schoolhouse.model import attention, families
 from schoolhouse.model.load import Student
 from schoolhouse.types import Conversation
 
@@ -113,7 +114,7 @@ def generate(
     """An answer to each prompt (token ids), many at a time with a key/value cache and the stop tokens of training."""
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: list[Answer | None] = [None] * len(prompts)
-    with _evaluating(student), _serving_attention(student), torch.random.fork_rng():
+    with _evaluating(student), _serving(student), torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(by_length), settings.examples):
             chosen = by_length[start : start + settings.examples]
@@ -164,10 +165,13 @@ def _evaluating(student: Student) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _serving_attention(student: Student) -> Iterator[None]:
-    """PyTorch's attention inside, which knows a key/value cache and padding; ours outside."""
-    student.model.set_attn_implementation("sdpa")
+def _serving(student: Student) -> Iterator[None]:
+    """An attention inside that knows a key/value cache and padding, and none of the model's own sampling settings."""
+    own = student.model.generation_config
+    student.model.set_attn_implementation(families.serving_attention(student.model))
+    student.model.generation_config = GenerationConfig()
     try:
         yield
     finally:
         student.model.set_attn_implementation(attention.NAME)
+        student.model.generation_config = own

@@ -6,12 +6,12 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 from schoolhouse.errors import ConfigError
 
-FINAL = re.compile(r"####\s*[^\d\-.\n]{0,3}(-?[\d,]*\.?\d+)")
-"""The number after `####`, a currency sign before it allowed."""
+FINAL = re.compile(r"(-?)[^\d\-.\n]{0,3}(-?)(\d[\d,]*(?:\.\d+)?|\.\d+)")
+"""A number, a currency sign before it allowed, its sign before or after that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,9 @@ def grader(name: str) -> Grader:
         )
     try:
         own = importlib.import_module(module).__dict__[function]
-    except (ImportError, KeyError) as error:
+        if not callable(own):
+            raise TypeError(f"{function} is not a function")
+    except (ImportError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the grader {name} cannot be imported: {error}", required="`module:function` that Python can import",
             where="exam.grader", remedy="check its name; put its directory on PYTHONPATH",
@@ -49,7 +51,7 @@ def grader(name: str) -> Grader:
 def gsm8k(answer: str, reference: str) -> Grade:
     """The number after the last `####`, thousands separators and units ignored (Cobbe et al., 2021)."""
     found, wanted = _final_number(answer), _final_number(reference)
-    return Grade(found is not None and found == wanted, None if found is None else f"{found:f}")
+    return Grade(found is not None and found == wanted, None if found is None else f"{found.normalize():f}")
 
 
 def exact(answer: str, reference: str) -> Grade:
@@ -66,8 +68,10 @@ _BUILT_IN: dict[str, Grader] = {"gsm8k": gsm8k, "exact": exact, "contains": cont
 
 
 def _final_number(text: str) -> Decimal | None:
-    numbers = FINAL.findall(text)
-    try:
-        return Decimal(numbers[-1].replace(",", "")).normalize() if numbers else None
-    except InvalidOperation:
+    _, mark, final = text.rpartition("####")
+    found = FINAL.match(final.strip()) if mark else None
+    if found is None:
         return None
+    before, after, digits = found.groups()
+    number = Decimal(digits.replace(",", ""))
+    return -number if before or after else number

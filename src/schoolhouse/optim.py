@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from schoolhouse.config import Optim
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, by torch's names."""
+
 
 class Optimizer:
     """The trained parameters by name: their float32 masters, gradients and moments."""
@@ -63,7 +66,7 @@ class Optimizer:
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """AdamW's state by `moment.parameter`."""
         for name, master in self.masters.items():
-            for moment, value in self._adamw.state[master].items():
+            for moment, value in self._adamw.state.get(master, {}).items():
                 yield f"{moment}.{name}", value
 
     @torch.no_grad()
@@ -71,8 +74,9 @@ class Optimizer:
         """Put a saved state back, exactly."""
         for name, master in self.masters.items():
             master.copy_(weights[name])
-            state = {moment: moments[f"{moment}.{name}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
-            self._adamw.state[master] = {moment: value.to(master.device) for moment, value in state.items()}
+            if f"step.{name}" in moments:  # a parameter that never had a gradient has no moments
+                state = {moment: moments[f"{moment}.{name}"] for moment in MOMENTS}
+                self._adamw.state[master] = {moment: value.to(master.device) for moment, value in state.items()}
         self._write_copies()
 
     @torch.no_grad()

@@ -32,6 +32,8 @@ def built_once(place: Path, build: Callable[[Path], None]) -> Path:
         with FileLock(f"{place}.lock"):
             if place.is_dir():
                 return place
+            for left in place.parent.glob(f".tmp-{place.name}-*"):  # of a killed process: the lock is ours
+                shutil.rmtree(left, ignore_errors=True)
             staging = Path(tempfile.mkdtemp(prefix=f".tmp-{place.name}-", dir=place.parent))
             try:
                 build(staging)

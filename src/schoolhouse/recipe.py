@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +20,22 @@ Key = tuple[str | int, ...]
 """A dotted key, split: `("optim", "learning_rate")`; list positions are integers."""
 
 
+EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+"""`1e-5` is a number, as in YAML 1.2 and JSON, and not a word, as in YAML 1.1."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that `1e-5` is a number (YAML 1.2) and not a word (YAML 1.1)."""
+    """YAML's safe loader with the numbers of `EXPONENT`."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read back as a word."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+BROKEN = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError)
+"""What PyYAML raises on text that is no YAML, and on values that their tag does not allow."""
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -41,7 +52,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every setting, also those left at their default."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -71,14 +82,15 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         ) from None
     places: dict[Key, str] = {}
     try:
+        _refuse_aliases(text, path)
         node = yaml.compose(text, Loader=_Loader)
         _note_places(node, (), path, places)
         values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+    except BROKEN as error:
+        marked = isinstance(error, yaml.MarkedYAMLError) and error.problem_mark
+        where = f"{path}:{marked.line + 1}:{marked.column + 1}" if marked else str(path)
         raise ConfigError(
-            f"the recipe is not valid YAML: {getattr(error, 'problem', None) or error}",
+            f"the recipe is not valid YAML: {error.problem if marked else ' '.join(str(error).split())}",
             required="YAML with plain values", where=where, remedy="mend the line; text with `: ` or `#` needs quotes",
         ) from None
     if not isinstance(values, dict):
@@ -117,21 +129,44 @@ def _override(values: dict[str, Any], places: dict[Key, str], override: str) -> 
             f"{override!r} is no setting", required="key=value with a dotted key, e.g. optim.learning_rate=1e-4",
             where="command line", remedy=f"write {name.strip() or 'key'}=VALUE",
         )
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        value = text
-    inner = values
-    for depth, part in enumerate(keys[:-1]):
-        nested = inner.get(part)
-        if isinstance(nested, str) and part in ("model", "data") and depth == 0:
-            nested = {"path" if part == "model" else "train": nested}  # the short form, opened
-        inner[part] = dict(nested) if isinstance(nested, Mapping) else {}
-        inner = inner[part]
-    inner[keys[-1]] = value
+    _put(values, tuple(keys), (), _value(text))
     for place in [place for place in places if place[: len(keys)] == tuple(keys)]:
         del places[place]
     places[tuple(keys)] = f"command line: {override}"
+
+
+def _value(text: str) -> Any:
+    """What stands behind `key=`: YAML, of which JSON is a part that PyYAML does not read in full; else a word."""
+    for read_value in (json.loads, lambda given: yaml.load(given, Loader=_Loader)):
+        with contextlib.suppress(*BROKEN):
+            return read_value(text)
+    return text
+
+
+def _put(values: Any, keys: tuple[str, ...], above: tuple[str, ...], value: Any) -> Any:
+    """`values` with the one below `keys` replaced; short forms on the way (a word, a single source) are opened."""
+    if not keys:
+        return value
+    name, rest = keys[0], keys[1:]
+    if isinstance(values, list) and name.isdigit() and int(name) < len(values):
+        values[int(name)] = _put(values[int(name)], rest, (*above, name), value)
+        return values
+    if isinstance(values, str):
+        values = {"train" if above == ("data",) else "path": values}
+    elif not isinstance(values, dict):
+        values = {}
+    values[name] = _put(values.get(name), rest, (*above, name), value)
+    return values
+
+
+def _refuse_aliases(text: str, path: Path) -> None:
+    """An alias can hold itself, and hides where a value comes from."""
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(
+                f"the recipe uses the alias *{event.anchor}", required="plain values",
+                where=f"{path}:{event.start_mark.line + 1}", remedy="write the value out",
+            )
 
 
 def _config_error(error: ValidationError, path: Path, places: Mapping[Key, str]) -> ConfigError:

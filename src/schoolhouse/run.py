@@ -62,6 +62,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
         return self.record.directory / "checkpoints"
 
     def note_step(self, record: dict[str, Any]) -> None:

@@ -161,6 +161,7 @@ class PlannedStep:
 
     @property
     def examples(self) -> int:
+        """The number of examples in the step."""
         return sum(len(pack) for pack in self.packs)
 
 
@@ -173,6 +174,7 @@ class Step:
 
     @property
     def index(self) -> int:
+        """The step, counted from 1 over the whole run."""
         return self.planned.index
 
     @property
@@ -218,4 +220,5 @@ class Ledger:
 
     @property
     def kept(self) -> int:
+        """Rows that became examples."""
         return sum(self.verdicts.values())

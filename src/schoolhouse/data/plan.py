@@ -40,6 +40,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Steps that see every example once; the last one may be smaller."""
         return -(-len(self.lengths) // self.examples)
 
     def position(self, index: int) -> Position:

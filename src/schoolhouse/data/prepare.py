@@ -53,6 +53,7 @@ class Tally:
     faults: list[DataError] = dataclasses.field(default_factory=list)
 
     def add(self, other: Tally) -> None:
+        """Count the rows of another tally too."""
         self.rows.update(other.rows)
         self.verdicts.update(other.verdicts)
         self.counts.update(other.counts)

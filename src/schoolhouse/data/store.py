@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from schoolhouse.errors import CheckpointError
 from schoolhouse.types import Example, Ledger, Origin
 
 ARRAYS: Mapping[str, Any] = {
@@ -18,7 +19,9 @@ ARRAYS: Mapping[str, Any] = {
     "lengths": np.int64, "rows": np.int64, "sources": np.int32,
     "supervised": np.float64, "supervised_tokens": np.int64,
 }
-"""The first three hold a value a token; the others a value an example."""
+"""The type of each file's values."""
+PER_TOKEN = ("input_ids", "labels", "weights")
+"""These hold a value a token; the others a value an example."""
 
 
 Arrays = Mapping[str, np.ndarray]
@@ -44,7 +47,7 @@ class Store:
         end = int(self.ends[index])
         start = end - int(self.arrays["lengths"][index])
         origin = Origin(self.source_names[self.arrays["sources"][index]], int(self.arrays["rows"][index]))
-        ids, labels, weights = (self.arrays[name][start:end] for name in ("input_ids", "labels", "weights"))
+        ids, labels, weights = (self.arrays[name][start:end] for name in PER_TOKEN)
         return Example(ids, labels, weights, origin)
 
     @property
@@ -74,7 +77,7 @@ def to_arrays(examples: Sequence[Example], source_names: Sequence[str]) -> Array
         "supervised_tokens": [example.supervised for example in examples],
     }
     arrays = {name: np.asarray(values, dtype=ARRAYS[name]) for name, values in columns.items()}
-    for name in ("input_ids", "labels", "weights"):
+    for name in PER_TOKEN:
         values = [getattr(example, name) for example in examples]
         arrays[name] = np.concatenate(values) if values else np.zeros(0, dtype=ARRAYS[name])
     return arrays
@@ -105,7 +108,21 @@ def open_store(directory: Path) -> Store:
     meta = json.loads((directory / "store.json").read_text(encoding="utf-8"))
     arrays = {name: _map(_file(directory, name), kind) for name, kind in ARRAYS.items()}
     ledger = Ledger(**meta["ledger"])
+    _check_sizes(directory, arrays)
     return Store(directory, meta["fingerprint"], ledger, tuple(meta["sources"]), arrays, np.cumsum(arrays["lengths"]))
+
+
+def _check_sizes(directory: Path, arrays: Arrays) -> None:
+    """A file that was cut short must not become shorter examples."""
+    examples = max(len(arrays[name]) for name in ARRAYS if name not in PER_TOKEN)
+    for name, values in arrays.items():
+        wanted = int(arrays["lengths"].sum()) if name in PER_TOKEN else examples
+        if len(values) != wanted:
+            raise CheckpointError(
+                f"the prepared data is damaged: {name} holds {len(values)} values, not {wanted}",
+                required="the files that were written", where=str(directory),
+                remedy="delete this directory; the rows are prepared again",
+            )
 
 
 def _file(directory: Path, name: str) -> Path:

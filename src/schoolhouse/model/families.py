@@ -14,6 +14,18 @@ DIVIDED = ("logits_scaling",)
 """Configuration names whose value divides the logits (Granite)."""
 
 
+ATTENTION_SOFTCAP = "attn_logit_softcapping"
+SINKS = ("gpt_oss",)
+"""Model types whose attention has sinks."""
+
+
+def serving_attention(model: PreTrainedModel) -> str:
+    """transformers' attention for generation: PyTorch's, but for models whose scores it does not know how to bend."""
+    settings = model.config.get_text_config().to_dict()
+    bent = settings.get(ATTENTION_SOFTCAP) or settings["model_type"] in SINKS
+    return "eager" if bent else "sdpa"
+
+
 def head(model: PreTrainedModel) -> Head:
     """The model's own way from hidden states to logits."""
     output = model.get_output_embeddings()

@@ -26,6 +26,7 @@ class Student:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.device
 
     def loss(self, micro: MicroBatch) -> LossSum:

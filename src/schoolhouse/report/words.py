@@ -23,6 +23,7 @@ def figure(value: float) -> str:
 
 
 def plural(number: float, noun: str) -> str:
+    """A count with its noun."""
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 

@@ -1,0 +1,245 @@
+"""AdamW over masters: equal to PyTorch's own, no update rounded away, and the learning rate a pure function."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from schoolhouse import optim
+from schoolhouse.config import Optim
+from schoolhouse.optim import Optimizer
+
+SETTINGS = Optim(learning_rate=1e-2, weight_decay=0.1, clip=0.5)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """Matrices, vectors and a norm: everything that decays and everything that does not."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(step)
+    inputs = torch.randn(5, 6, generator=draw).to(dtype)
+    return (model(inputs).float() - torch.randn(5, 3, generator=draw)).square().sum() * 3
+
+
+def test_float32_equals_plain_adamw() -> None:
+    """Clip, decay of matrices only, schedule and update: ten steps of ours are ten steps of `torch.optim.AdamW`.
+
+    Both use the same fused kernel on the same numbers, so nothing but equality is right.
+    """
+    ours, plain, steps = network(), network(), 10
+    optimizer = Optimizer(ours, SETTINGS, "float32")
+    matrices, vectors = ([one for one in plain.parameters() if (one.ndim > 1) == wanted] for wanted in (True, False))
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95),
+        eps=1e-8, fused=True,
+    )
+    for step in range(1, steps + 1):
+        loss_of(ours, step).backward()
+        loss_of(plain, step).backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        for group in adamw.param_groups:
+            group["lr"] = optim.learning_rate(SETTINGS, step, steps)
+        adamw.step()
+        adamw.zero_grad()
+        assert torch.equal(optimizer.clip(), norm)
+        optimizer.step(optim.learning_rate(SETTINGS, step, steps))
+        assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), plain.parameters(), strict=True))
+    assert all(one.grad is None for one in ours.parameters())
+
+
+def test_one_step_by_hand() -> None:
+    """The first update of AdamW is written down in one line: minus rate x sign, after decay."""
+    model = nn.Linear(1, 1)
+    with torch.no_grad():
+        model.weight.fill_(2.0), model.bias.fill_(3.0)
+    optimizer = Optimizer(model, Optim(weight_decay=0.5, epsilon=1e-12, clip=None), "float32")
+    model.weight.grad, model.bias.grad = torch.tensor([[0.25]]), torch.tensor([-4.0])
+    optimizer.step(0.1)
+    assert float(model.weight.detach()) == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-6)
+    assert float(model.bias.detach()) == pytest.approx(3.0 + 0.1, rel=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(1e-3, 1e3), st.one_of(st.none(), st.floats(1e-3, 1e3)))
+def test_clip_equals_torch(scale: float, limit: float | None) -> None:
+    """The norm reported is the whole gradient's, before clipping; shorter gradients are left alone."""
+    ours, plain = network(), network()
+    optimizer = Optimizer(ours, Optim(clip=limit), "float32")
+    (loss_of(ours, 1) * scale).backward()
+    (loss_of(plain, 1) * scale).backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), math.inf if limit is None else limit)
+    assert torch.equal(optimizer.clip(), norm)
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+# bfloat16: narrow copies compute, float32 masters learn.
+
+
+def test_updates_below_a_bfloat16_step_are_kept() -> None:
+    """At 1.0 a bfloat16 step is 2^-8 = 0.004: a thousand updates of 1e-5 must move the weight by 0.01, not by 0.
+
+    Near 1.0 a float32 step is 6e-8, so a thousand sums err by 6e-5 at most.
+    """
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer = Optimizer(model, Optim(weight_decay=0.0, clip=None), "bfloat16")
+    assert model.weight.dtype == torch.bfloat16
+    for _ in range(1000):
+        (model(torch.ones(1, 1, dtype=torch.bfloat16)) * 3).sum().backward()
+        optimizer.step(1e-5)
+    master = dict(optimizer.weights())["weight"]
+    assert master.dtype == torch.float32
+    assert float(master) == pytest.approx(1 - 0.01, abs=6e-5)
+    assert torch.equal(model.weight, master.to(torch.bfloat16)) and float(model.weight.detach()) < 1.0
+
+
+def test_bfloat16_masters_start_exact() -> None:
+    """The weights as they were loaded, not their narrow copies widened again."""
+    model = network()
+    wanted = {name: one.detach().clone() for name, one in model.named_parameters()}
+    optimizer = Optimizer(model, SETTINGS, "bfloat16")
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    assert dict(optimizer.weights()).keys() == wanted.keys()
+    assert all(torch.equal(master, wanted[name]) for name, master in optimizer.weights())
+
+
+def test_bfloat16_gradients_are_summed_in_float32() -> None:
+    """256 micro-batches of gradient 1 and one of 2^-9: bfloat16 would stop counting and lose the last."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = Optimizer(model, Optim(clip=None), "bfloat16")
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    for _ in range(300):
+        model(one).sum().backward()
+    (model(one) * 2**-9).sum().backward()
+    assert float(optimizer.masters["weight"].grad) == 300 + 2**-9
+    assert model.weight.grad is None
+    assert float(optimizer.clip()) == 300 + 2**-9
+
+
+def test_bfloat16_learns_like_float32() -> None:
+    """Twenty steps of the narrow model stay beside the wide one: 8-bit products, so 2 % of the way gone."""
+    wide, narrow, start = network(), network(), network()
+    for model, precision, dtype in ((wide, "float32", torch.float32), (narrow, "bfloat16", torch.bfloat16)):
+        optimizer = Optimizer(model, SETTINGS, precision)
+        for step in range(1, 21):
+            loss_of(model, step, dtype).backward()
+            optimizer.clip()
+            optimizer.step(3e-3)
+        weights = dict(optimizer.weights())
+        gone = torch.cat([(weights[name] - one).flatten() for name, one in start.named_parameters()]).detach()
+        if precision == "float32":
+            wanted = gone
+    assert float((gone - wanted).norm()) < 0.1 * float(wanted.norm())
+    assert float(torch.cosine_similarity(gone, wanted, dim=0)) > 0.995
+
+
+def test_buffers_keep_their_precision() -> None:
+    """Rotary frequencies in bfloat16 would place far tokens wrongly."""
+    model = network()
+    model.register_buffer("frequencies", torch.tensor([0.1]))
+    Optimizer(model, SETTINGS, "bfloat16")
+    assert model.frequencies.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_frozen_parameters_stay(precision: str) -> None:
+    """What does not require a gradient is neither moved nor decayed nor saved."""
+    model = network()
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model[0].state_dict())
+    optimizer = Optimizer(model, SETTINGS, precision)
+    for step in range(1, 4):
+        loss_of(model, step, next(model.parameters()).dtype).backward()
+        optimizer.step(0.1)
+    assert all(torch.equal(before[name].to(one.dtype), one) for name, one in model[0].state_dict().items())
+    assert {name.split(".")[0] for name, _ in optimizer.weights()} == {"1", "3"}
+
+
+# Saved and put back.
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_restored_optimizer_continues_exactly(precision: str) -> None:
+    """Three steps, saved, put into another network, three more: the bits of six steps."""
+    whole, first, second = network(1), network(1), network(2)
+    optimizers = [Optimizer(model, SETTINGS, precision) for model in (whole, first, second)]
+    train(whole, optimizers[0], range(1, 7))
+    train(first, optimizers[1], range(1, 4))
+    weights, moments = ({name: one.clone() for name, one in pairs()} for pairs in (
+        optimizers[1].weights, optimizers[1].moments,
+    ))
+    optimizers[2].load(weights, moments)
+    train(second, optimizers[2], range(4, 7))
+    for pairs in (Optimizer.weights, Optimizer.moments):
+        one, other = dict(pairs(optimizers[0])), dict(pairs(optimizers[2]))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    for step in steps:
+        loss_of(model, step, next(model.parameters()).dtype).backward()
+        optimizer.clip()
+        optimizer.step(optim.learning_rate(SETTINGS, step, 6))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_parameter_without_gradient_can_be_saved_and_put_back(precision: str) -> None:
+    """A part of the model that no row reached yet has no moments; a run with one must still continue."""
+    model, again = network(), network()
+    for one in (model, again):
+        one.register_parameter("unused", nn.Parameter(torch.randn(2, 2)))
+    optimizer, other = Optimizer(model, SETTINGS, precision), Optimizer(again, SETTINGS, precision)
+    train(model, optimizer, range(1, 3))
+    other.load(dict(optimizer.weights()), dict(optimizer.moments()))
+    assert torch.equal(dict(other.weights())["unused"], dict(optimizer.weights())["unused"])
+
+
+# The learning rate.
+
+
+RATES = st.builds(
+    Optim, learning_rate=st.floats(1e-8, 1.0), schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    warmup=st.floats(0, 1), minimum=st.floats(0, 1),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(RATES, st.integers(1, 500))
+def test_the_rate_rises_and_falls(settings_: Optim, steps: int) -> None:
+    """Up in equal parts to the peak, then down without a rise to the minimum; never outside; pure."""
+    rates = [optim.learning_rate(settings_, step, steps) for step in range(1, steps + 1)]
+    assert rates == [optim.learning_rate(settings_, step, steps) for step in range(1, steps + 1)]
+    peak, warmup, slack = settings_.learning_rate, optim.warmup_steps(settings_, steps), settings_.learning_rate * 1e-9
+    assert warmup == round(settings_.warmup * steps)
+    for step, rate in enumerate(rates[:warmup], 1):
+        assert rate == pytest.approx(peak * step / warmup)
+    down = rates[max(0, warmup - 1):]
+    assert all(later <= earlier + slack for earlier, later in itertools.pairwise(down))
+    assert all(-slack <= rate <= peak + slack for rate in rates)
+    if warmup < steps:
+        last = peak if settings_.schedule == "constant" else peak * settings_.minimum
+        assert rates[-1] == pytest.approx(last, abs=slack)
+
+
+def test_the_rate_at_known_points() -> None:
+    """Cosine and line by hand: half way down is half way, a quarter of a cosine is (1 + cos 45°) / 2."""
+    cosine = Optim(learning_rate=2.0, warmup=0.2, minimum=0.1)
+    line = Optim(learning_rate=2.0, warmup=0.2, minimum=0.1, schedule="linear")
+    assert [optim.learning_rate(cosine, step, 10) for step in (1, 2)] == [1.0, 2.0]
+    assert optim.learning_rate(cosine, 6, 10) == pytest.approx(0.2 + 1.8 * 0.5)
+    assert optim.learning_rate(cosine, 4, 10) == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert optim.learning_rate(line, 4, 10) == pytest.approx(0.2 + 1.8 * 0.75)
+    assert optim.learning_rate(Optim(learning_rate=2.0, warmup=0, schedule="constant"), 7, 10) == 2.0
