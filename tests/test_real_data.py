@@ -119,7 +119,7 @@ def test_validation_loss_on_gsm8k_falls(gsm8k: Path, tmp_path: Path) -> None:
 
 
 def test_stories260k_matches_its_golden_values(shared: Path) -> None:
-    """The pretrained Llama through our packed path gives the golden loss of its float64 reference (six digits given)."""
+    """The pretrained Llama through our packed path gives the golden loss of its float64 reference."""
     from schoolhouse.config import Model
     from schoolhouse.model import load
 
