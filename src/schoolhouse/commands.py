@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from schoolhouse import recipe as recipes
 from schoolhouse.config import Recipe
-from schoolhouse.errors import ConfigError, SchoolhouseError
+from schoolhouse.errors import ConfigError, SchoolhouseError, Stopped
 
 if TYPE_CHECKING:
     from schoolhouse.data.served import Serving
@@ -41,8 +41,11 @@ def run(options: Namespace) -> None:
     try:
         train(running, stop)
         status = "done"
+    except Stopped:
+        status = "stopped"
+        raise
     finally:
-        running.finish("stopped" if stop.asked and status != "done" else status)
+        running.finish(status)
         written = page.write(running.record.directory)
     screen.say(f"done: {running.steps} steps; report: {written}")
 

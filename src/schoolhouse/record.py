@@ -33,10 +33,7 @@ class Record:
                 where=str(directory), remedy="wait for it, stop it, or set directory=… to another",
             ) from None
         except OSError as error:
-            raise CheckpointError(
-                f"the run directory cannot be written: {error.strerror}", required="a writable directory",
-                where=str(directory), remedy="set directory=… to one",
-            ) from None
+            raise _unwritable(directory, error) from None
 
     def close(self) -> None:
         """Free the directory for another process."""
@@ -54,14 +51,20 @@ class Record:
     def write_text(self, name: str, text: str) -> None:
         """Write a text file whole or not at all."""
         staging = self.directory / f".tmp-{name}"
-        staging.write_text(text, encoding="utf-8")
-        staging.replace(self.directory / name)
+        try:
+            staging.write_text(text, encoding="utf-8")
+            staging.replace(self.directory / name)
+        except OSError as error:
+            raise _unwritable(self.directory, error) from None
 
     def append(self, name: str, *values: Mapping[str, Any]) -> None:
         """Append one line of JSON for each value."""
         lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-        with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(lines)
+        try:
+            with (self.directory / name).open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            raise _unwritable(self.directory, error) from None
 
     def event(self, event: str, **fields: Any) -> None:
         """Note something that happened, with its time."""
@@ -83,6 +86,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _unwritable(directory: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"the run directory cannot be written: {error.strerror or error}",
+        required="a directory that is there, is writable and has free space", where=str(directory),
+        remedy="put it right and run the same command again, or set directory=… to another",
+    )
 
 
 def _active(directory: Path) -> str:

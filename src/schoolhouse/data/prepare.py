@@ -78,6 +78,7 @@ def prepare(
     data: Data, which: Sequence[Source], serving: Serving, rules: Rules, progress: Progress = lambda rows: None
 ) -> store.Store:
     """The store of these sources: found in the cache, or made there. Raises DataError naming the first bad rows."""
+    assert multiprocessing.parent_process() is None, "call this below `if __name__ == '__main__':`, workers import you"
     fingerprint = _fingerprint(data, which, serving, rules)
     place = places.cache_directory(data.cache) / "stores" / fingerprint[:32]
     build = functools.partial(_build, data, which, serving, rules, fingerprint, progress)
