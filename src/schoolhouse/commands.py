@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -45,8 +44,9 @@ def run(options: Namespace) -> None:
         status = "stopped"
         raise
     finally:
-        running.finish(status)
-        written = page.write(running.record.directory)
+        if running.record.directory.is_dir():  # gone: the error on its way says so
+            running.finish(status)
+            written = page.write(running.record.directory)
     screen.say(f"done: {running.steps} steps; report: {written}")
 
 
@@ -80,7 +80,7 @@ def show(options: Namespace) -> None:
         for example in examples:
             print(json.dumps(example, ensure_ascii=False))
     elif options.html:
-        Path(options.html).write_text(shown.page(shown.html(examples), options.recipe), encoding="utf-8")
+        _write(Path(options.html), shown.page(shown.html(examples), options.recipe))
         print(options.html)
     else:
         Console().print(shown.terminal(examples))
@@ -152,7 +152,10 @@ def report(options: Namespace) -> None:
 
 def ls(options: Namespace) -> None:
     """List the recipes below `examples/sft`, with who is taught what."""
-    for path in sorted(EXAMPLES.glob("*/*.yaml")):
+    found = sorted(EXAMPLES.glob("*/*.yaml"))
+    if not found:
+        print(f"no recipes below {EXAMPLES}: call this in the project's directory", file=sys.stderr)
+    for path in found:
         one = recipes.read(path)
         print(f"{path!s:48} {one.model.path:36} {', '.join(source.path for source in one.data.train)}")
 
@@ -165,7 +168,7 @@ def new(options: Namespace) -> None:
     target = Path(options.file)
     if target.exists():
         raise ConfigError(f"{target} exists", required="a new file", where=str(target), remedy="choose another name")
-    shutil.copyfile(source, target)
+    _write(target, source.read_text(encoding="utf-8"))
     print(target)
 
 
@@ -200,11 +203,24 @@ def _serving(recipe: Recipe) -> Serving:
     return served.serving(recipe.model, places.model_directory(recipe.model.path, recipe.model.revision))
 
 
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}", required="a path in a directory that is there and writable",
+            where=str(path), remedy="choose another path",
+        ) from None
+
+
 def _row_range(text: str) -> tuple[int, int | None]:
     first, _, end = text.partition(":")
     try:
         start = int(first or 0)
-        return start, (int(end) if end else None) if ":" in text else start + 1
+        stop = (int(end) if end else None) if ":" in text else start + 1
+        if start < 0 or (stop is not None and stop < 0):
+            raise ValueError(text)
+        return start, stop
     except ValueError:
         raise ConfigError(
             f"--rows {text} is no range", required="A:B, counted from 0", where="command line", remedy="e.g. --rows 0:5"

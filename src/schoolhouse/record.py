@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -81,11 +82,14 @@ class Record:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The values of a JSON-lines file; none where it is absent, and without a torn last line."""
+    """The values of a JSON-lines file; none where it is absent, and without lines that a full disk or a kill tore."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    values = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            values.append(json.loads(line))
+    return values
 
 
 def _unwritable(directory: Path, error: OSError) -> CheckpointError:

@@ -19,6 +19,7 @@ import transformers
 import schoolhouse
 from schoolhouse import checkpoint, evaluate, graders, optim, overview, places
 from schoolhouse import recipe as recipes
+from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Recipe
 from schoolhouse.data import plan as plans
 from schoolhouse.data import prepare, served
@@ -34,8 +35,8 @@ from schoolhouse.screen import Screen
 
 SHOWN_ROWS = 4
 """Training rows whose tokens the report shows."""
-HARMLESS = ("directory", "checkpoint", "validation", "device")
-"""Sections that may change between a stop and its continuation: they decide nothing about the weights."""
+HARMLESS = ("directory", "checkpoint.", "validation.", "device", "data.workers", "data.cache")
+"""Settings that may change between a stop and its continuation: they decide nothing about the weights."""
 
 
 @dataclass(slots=True)
@@ -140,26 +141,32 @@ def begin(recipe: Recipe, path: Path, screen: Screen) -> Run:
     )
     run.info = _info(run, path, today, difference)
     run.info["seconds"] = previous.get("seconds", 0.0)
+    found = _newest(run)
     _describe(run, recipe, rules)
-    _resume(run)
+    _resume(run, found)
     return run
 
 
-def _resume(run: Run) -> None:
-    """Continue from the newest checkpoint that verifies; without one, begin."""
+def _newest(run: Run) -> Checkpoint | None:
+    """The newest checkpoint that verifies, if it is of the same data."""
     found, rejected = checkpoint.newest(run.checkpoints)
     for fault in rejected:
         run.screen.say(fault.found)
         run.record.event(fault.found)
-    if found is None:
-        run.record.rewind(-1)
-        run.record.event("started", steps=run.steps)
-        return
-    if found.state["data"] != run.store.fingerprint:
+    if found is not None and found.state["data"] != run.store.fingerprint:
         raise ConfigError(
             "the data or the tokenizer changed since this run began", required="the rows and tokenizer it began with",
             where=str(run.record.directory), remedy="put them back, or start anew with another directory=…",
         )
+    return found
+
+
+def _resume(run: Run, found: Checkpoint | None) -> None:
+    """Continue from a checkpoint; without one, begin."""
+    if found is None:
+        run.record.rewind(-1)
+        run.record.event("started", steps=run.steps)
+        return
     run.optimizer.load(found.tensors(checkpoint.WEIGHTS), found.tensors(checkpoint.OPTIMIZER))
     run.record.rewind(found.step)
     run.done, run.best = found.step, found.state["best"]
@@ -223,7 +230,7 @@ def _refuse_another_recipe(recipe: Recipe, previous: dict[str, Any], directory: 
     old, new = recipes.flat(previous["recipe"]), recipes.flat(recipe.model_dump(mode="json"))
     changed = [
         f"{key}: {old.get(key)} → {new.get(key)}" for key in {**old, **new}
-        if old.get(key) != new.get(key) and key.split(".")[0] not in HARMLESS
+        if old.get(key) != new.get(key) and not key.startswith(HARMLESS)
     ]
     if changed:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,8 +11,8 @@ import numpy as np
 from schoolhouse.errors import DataError, TemplateError
 from schoolhouse.types import UNSUPERVISED, Example, Origin, Turn
 
-Tokenize = Callable[[Sequence[str]], list[list[int]]]
-"""Texts to token ids, each text alone, nothing added to it."""
+Ids = tuple[list[int], list[int]]
+"""Token ids of a turn's prompt and of its completion."""
 TooLong = Literal["error", "drop", "turns"]
 
 
@@ -40,7 +40,7 @@ class _Sequence:
 
 
 def to_examples(
-    turns: Sequence[Turn], tokenize: Tokenize, stop_ids: Collection[int], origin: Origin,
+    turns: Sequence[Turn], ids: Sequence[Ids], stop_ids: Collection[int], origin: Origin,
     *, max_tokens: int, too_long: TooLong,
 ) -> tuple[tuple[Example, ...], int]:
     """The examples of a row and the number of turns cut; no example where the row is to be dropped.
@@ -48,7 +48,7 @@ def to_examples(
     A turn continues the example before it when that example's tokens are a prefix of its prompt's tokens, which is
     what a serving engine with a prefix cache would find; otherwise it begins a new one.
     """
-    sequences = _merge(turns, tokenize, stop_ids, origin)
+    sequences = _merge(turns, ids, stop_ids, origin)
     examples, cut = [], 0
     for sequence in sequences:
         fitting = [end for end in sequence.ends if end - 1 <= max_tokens]
@@ -63,12 +63,10 @@ def to_examples(
 
 
 def _merge(
-    turns: Sequence[Turn], tokenize: Tokenize, stop_ids: Collection[int], origin: Origin
+    turns: Sequence[Turn], ids: Sequence[Ids], stop_ids: Collection[int], origin: Origin
 ) -> list[_Sequence]:
-    texts = [text for turn in turns for text in (turn.prompt, turn.completion)]
-    encoded = tokenize(texts)
     sequences: list[_Sequence] = []
-    for turn, prompt, completion in zip(turns, encoded[::2], encoded[1::2], strict=True):
+    for turn, (prompt, completion) in zip(turns, ids, strict=True):
         _check_stop(completion, stop_ids, turn, origin)
         if not sequences or prompt[: len(sequences[-1].tokens)] != sequences[-1].tokens:
             sequences.append(_Sequence())

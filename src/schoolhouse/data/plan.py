@@ -90,12 +90,16 @@ def partition(lengths: np.ndarray, tokens: int, ranks: int = 1) -> list[list[int
             where="batch.tokens", remedy=f"set batch.tokens={lengths.max()}",
         )
     number = ranks * max(1, -(-int(lengths.sum()) // (tokens * ranks)))
-    while (packs := _fill(lengths, tokens, number)) is None:
+    while True:
+        for balanced in (True, False):  # an even filling where it fits, else the tightest (best fit decreasing)
+            packs = _fill(lengths, tokens, number, balanced)
+            if packs is not None:
+                return packs
         number += ranks
-    return packs
 
 
-def _fill(lengths: np.ndarray, tokens: int, number: int) -> list[list[int]] | None:
+def _fill(lengths: np.ndarray, tokens: int, number: int, balanced: bool) -> list[list[int]] | None:
+    """Packs of at most `tokens`, or None where this rule does not find room for all."""
     packs: list[list[int]] = [[] for _ in range(number)]
     filled, costs = np.zeros(number, dtype=np.int64), np.zeros(number)
     for place in np.argsort(-lengths, kind="stable"):
@@ -103,7 +107,7 @@ def _fill(lengths: np.ndarray, tokens: int, number: int) -> list[list[int]] | No
         room = np.flatnonzero(filled + length <= tokens)
         if not len(room):
             return None
-        pack = room[np.argmin(costs[room])]
+        pack = room[np.argmin(costs[room])] if balanced else room[np.argmax(filled[room])]
         packs[pack].append(int(place))
         filled[pack] += length
         costs[pack] += length * (1 + length / ATTENTION_LENGTH)

@@ -260,7 +260,10 @@ def serving_fingerprint(serving: Serving) -> str:
 
 def _function_hash(function: str) -> str:
     """The file of a user's function, so that an edit of it makes new data."""
-    found = importlib.util.find_spec(function.partition(":")[0])
+    try:
+        found = importlib.util.find_spec(function.partition(":")[0])
+    except (ImportError, ValueError):  # of the package around it
+        found = None
     if found is None or found.origin is None:
         raise ConfigError(
             f"there is no module for {function}", required="`module:function` that Python can import",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from schoolhouse.config import Model, Recipe, Rows
 from schoolhouse.data import encode, formats, tokens, turns
 from schoolhouse.data.template import Template, compile_template, template_source
 from schoolhouse.data.tokens import Stops
+from schoolhouse.errors import DataError
 from schoolhouse.types import Conversation, EncodedRow, Origin, Turn, Verdict
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ class Served:
 
     def prompt(self, conversation: Conversation, messages: int) -> str:
         """The text shown before the assistant writes message number `messages` (counted from 0)."""
-        shown = conversation.messages[:messages]
-        return self.template.render(shown, conversation.tools, conversation.origin, to_answer=True)
+        return self.template.script(conversation).prompt(messages)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text alone to ids."""
@@ -62,24 +62,44 @@ class Served:
 
     def to_turns(self, conversation: Conversation, supervise: turns.Supervise) -> tuple[Turn, ...]:
         """The supervised turns of a conversation."""
-        return turns.to_turns(conversation, self.template, self.stops.texts, supervise)
+        return turns.to_turns(conversation, self.template, self.stops, supervise)
 
-    def to_row(
-        self, conversation: Conversation, taught: Sequence[Turn], rules: Rules, tokenize: encode.Tokenize
+    def to_rows(
+        self, rows: Sequence[tuple[Conversation, Sequence[Turn]]], rules: Rules
+    ) -> Iterator[EncodedRow | DataError]:
+        """The examples of each conversation's turns with the verdict on it, or its fault; tokenized all together."""
+        encoded = tokens.tokenize_turns(self.tokenizer, [taught for _, taught in rows])
+        for (conversation, taught), ids in zip(rows, encoded, strict=True):
+            try:
+                yield self._row(conversation, taught, ids, rules)
+            except DataError as error:
+                yield error
+
+    def _row(
+        self, conversation: Conversation, taught: Sequence[Turn], ids: Sequence[encode.Ids], rules: Rules
     ) -> EncodedRow:
-        """The examples of a conversation's turns, with the verdict on it."""
         examples, cut = encode.to_examples(
-            taught, tokenize, self.stops.ids, conversation.origin,
-            max_tokens=rules.max_tokens, too_long=rules.too_long,
+            taught, ids, self.stops.ids, conversation.origin, max_tokens=rules.max_tokens, too_long=rules.too_long,
         )
         return EncodedRow(conversation, _verdict(taught, len(examples)), tuple(taught), examples, cut)
+
+    def to_row(
+        self, conversation: Conversation, taught: Sequence[Turn], rules: Rules,
+        tokenize: Callable[[Sequence[str]], list[list[int]]],
+    ) -> EncodedRow:
+        """As `to_rows`, for one row whose texts are tokenized elsewhere, each alone."""
+        texts = tokenize([text for turn in taught for text in (turn.prompt, turn.completion)])
+        return self._row(conversation, taught, list(zip(texts[::2], texts[1::2], strict=True)), rules)
 
     def encode(self, row: Mapping[str, Any], rows: Rows, origin: Origin, rules: Rules) -> EncodedRow | None:
         """One raw row all the way; None where the user's own function dropped it."""
         conversation = formats.to_conversation(dict(row), rows, origin)
         if conversation is None:
             return None
-        return self.to_row(conversation, self.to_turns(conversation, rules.supervise), rules, self.tokenize)
+        encoded = next(self.to_rows([(conversation, self.to_turns(conversation, rules.supervise))], rules))
+        if isinstance(encoded, DataError):
+            raise encoded
+        return encoded
 
 
 def serving(model: Model, directory: Path, today: datetime.date | None = None) -> Serving:
@@ -99,7 +119,8 @@ def rules(recipe: Recipe) -> Rules:
 def load(serving: Serving) -> Served:
     """Load the tokenizer and compile the template; once for each process."""
     tokenizer = tokens.load_tokenizer(serving.directory)
-    source = template_source(serving.chat_template, tokenizer.chat_template, str(serving.directory))
+    own = tokens.own_template(serving.directory, tokenizer)
+    source = template_source(serving.chat_template, own, str(serving.directory))
     variables = {**tokenizer.special_tokens_map, **json.loads(serving.template_arguments)}
     stops = tokens.stop_tokens(serving.directory, tokenizer, serving.stop_tokens)
     return Served(tokenizer, compile_template(source, variables, serving.today), stops)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from schoolhouse.data import handed
 from schoolhouse.errors import ConfigError, TemplateError
-from schoolhouse.types import Message, Origin
+from schoolhouse.types import Conversation, Message, Origin
 
 BUILT_IN = {
     "chatml": (
@@ -29,95 +30,161 @@ BUILT_IN = {
 }
 """Templates for models that come without one, by the name a recipe gives in `model.chat_template`."""
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""The names under which templates look for a message's reasoning; the first one a template mentions is used."""
+RAISED = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""What the code of a template can raise."""
+
+_METHODS = frozenset(dir(handed.Written))
+"""The attributes of a dict."""
+_LOOP = frozenset({"first", "last", "index", "index0", "length", "revindex", "revindex0", "previtem", "nextitem"})
+
+Source = str | Mapping[str, str]
+"""The text of a template, or several by name: `default`, and `tool_use` for conversations with tools."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One compiled template."""
+
+    jinja: jinja2.Template
+    forms: handed.Forms
+    arguments: frozenset[str]
+    """The variables it asks for beside the messages, e.g. `enable_thinking`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A compiled chat template with the variables it is served with."""
+    """A model's chat template with the variables it is served with."""
 
-    source: str
+    source: Source
+    """As the tokenizer keeps it."""
     variables: Mapping[str, Any]
     """Special tokens of the tokenizer (`bos_token`, …) and the recipe's `model.template_arguments`."""
-    program: jinja2.Template
-    reasoning_key: str
+    default: Program
+    tool_use: Program
+    """Serves conversations with tools; most models have one template for both."""
 
-    def render(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], origin: Origin, *, to_answer: bool
-    ) -> str:
-        """The text served for these messages; with `to_answer`, up to where the assistant begins to write."""
+    def script(self, conversation: Conversation) -> Script:
+        """The conversation ready to be rendered, turn by turn."""
+        program = self.tool_use if conversation.tools else self.default
+        messages = tuple(handed.to_dict(message, program.forms) for message in conversation.messages)
+        return Script(program, self.variables, conversation, messages, tuple(map(handed.Written, conversation.tools)))
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A conversation handed to its template."""
+
+    program: Program
+    variables: Mapping[str, Any]
+    conversation: Conversation
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[handed.Written, ...]
+
+    def having(self, index: int, message: Message) -> Script:
+        """The same script with another message in one place."""
+        told, handed_over = list(self.conversation.messages), list(self.messages)
+        told[index], handed_over[index] = message, handed.to_dict(message, self.program.forms)
+        conversation = replace(self.conversation, messages=tuple(told))
+        return replace(self, conversation=conversation, messages=tuple(handed_over))
+
+    def prompt(self, count: int) -> str:
+        """The text served for the first `count` messages, up to where the assistant begins to write."""
+        return self._render(count, to_answer=True)
+
+    def full(self, count: int) -> str:
+        """The text served for the first `count` messages once the last of them has been written."""
+        return self._render(count, to_answer=False)
+
+    def _render(self, count: int, *, to_answer: bool) -> str:
         try:
-            return self.program.render(
-                messages=[self._served(message) for message in messages],
-                tools=list(tools) or None,
-                documents=None,
-                add_generation_prompt=to_answer,
-                **self.variables,
+            return self.program.jinja.render(
+                messages=list(self.messages[:count]), tools=list(self.tools) or None, documents=None,
+                add_generation_prompt=to_answer, **self.variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-            raise TemplateError(
-                f"the chat template refuses this conversation: {type(error).__name__}: {error}",
-                required=f"messages that the template can render; these have the roles {_roles(messages)}",
-                where=str(origin),
-                remedy="mend the row, or set model.chat_template to a template that serves such conversations",
-            ) from None
-
-    def _served(self, message: Message) -> dict[str, Any]:
-        """The message as a serving engine hands it to a template."""
-        plain = all(part.kind == "text" for part in message.parts)
-        served: dict[str, Any] = {"role": message.role, "content": message.text if plain else _parts(message)}
-        if message.reasoning is not None:
-            served[self.reasoning_key] = message.reasoning
-        if message.tool_calls:
-            served["tool_calls"] = [_served_call(call) for call in message.tool_calls]
-        if message.tool_call_id is not None:
-            served["tool_call_id"] = message.tool_call_id
-        if message.name is not None:
-            served["name"] = message.name
-        return served
+        except RAISED as error:
+            raise _raised(error, self.program, self.conversation.messages[:count], self.conversation.origin) from None
 
 
-def compile_template(source: str, variables: Mapping[str, Any], today: datetime.date | None = None) -> Template:
-    """Compile a template in Jinja's immutable sandbox, with the helpers that serving engines offer it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMark, loopcontrols]
-    )
-    day = today or datetime.date.today()
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.combine(day, datetime.time()).strftime(form)
-    try:
-        program = environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the chat template is not valid Jinja: {error.message}", required="a Jinja chat template",
-            where=f"model.chat_template, line {error.lineno}", remedy="mend the template",
-        ) from None
-    mentioned = [key for key in REASONING_KEYS if key in source]
-    return Template(source, variables, program, mentioned[0] if mentioned else REASONING_KEYS[0])
+def compile_template(source: Source, variables: Mapping[str, Any], today: datetime.date | None = None) -> Template:
+    """Compile a template in Jinja's immutable sandbox, with the helpers that serving engines offer it.
+
+    Of several named templates, `tool_use` serves conversations with tools and `default` all others, as in transformers.
+    """
+    named = {"default": source} if isinstance(source, str) else source
+    environment = _environment(today or datetime.date.today())
+    default = _program(environment, named["default"], variables)
+    tool_use = _program(environment, named["tool_use"], variables) if "tool_use" in named else default
+    return Template(source, variables, default, tool_use)
 
 
-def template_source(setting: str | None, own: str | Mapping[str, str] | None, model: str) -> str:
-    """The template text of `model.chat_template` (a file or a built-in name), else the tokenizer's `own`."""
+def template_source(setting: str | None, own: Source | None, model: str) -> Source:
+    """The template of `model.chat_template`: a built-in, one of the tokenizer's `own` by name, a file; unset: `own`."""
     if setting in BUILT_IN:
         return BUILT_IN[setting]
+    if isinstance(own, Mapping) and setting in own:
+        return own[setting]
     if setting is not None:
         path = Path(setting)
         if not path.is_file():
+            names = [*BUILT_IN, *(own if isinstance(own, Mapping) else ())]
             raise ConfigError(
-                f"there is no chat template {setting}", required=f"a Jinja file, or one of {', '.join(BUILT_IN)}",
+                f"there is no chat template {setting}", required=f"a Jinja file, or one of {', '.join(names)}",
                 where="model.chat_template", remedy="check the path",
             )
         return path.read_text(encoding="utf-8")
-    if isinstance(own, Mapping):
-        own = own.get("default")
     if not own:
         raise ConfigError(
             "the tokenizer comes without a chat template", required="a template to serve conversations with",
             where=model, remedy="set model.chat_template to a file, or to `plain` or `chatml`",
         )
+    if isinstance(own, Mapping) and "default" not in own:
+        raise ConfigError(
+            f"none of the tokenizer's chat templates is the default: {', '.join(own)}", required="the name of one",
+            where=model, remedy=f"set model.chat_template: {next(iter(own))}",
+        )
     return own
+
+
+def _environment(today: datetime.date) -> ImmutableSandboxedEnvironment:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMark, loopcontrols])
+    midnight = datetime.datetime.combine(today, datetime.time())
+    environment.filters["tojson"] = handed.to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = midnight.strftime
+    return environment
+
+
+def _program(environment: jinja2.Environment, source: str, variables: Mapping[str, Any]) -> Program:
+    try:
+        program = environment.from_string(source)
+        arguments = meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template is not valid Jinja: {error.message}", required="a Jinja chat template",
+            where=f"model.chat_template, line {error.lineno}", remedy="mend the template",
+        ) from None
+
+    def written(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
+        try:
+            return program.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=False, **variables
+            )
+        except RAISED:
+            return None
+
+    return Program(program, handed.ask(written), frozenset(arguments))
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's immutable sandbox, with a short way to what templates ask for most: `message.role`, `loop.first`."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As in the sandbox: a dict has no attributes but its methods, and these of a loop are safe."""
+        if isinstance(obj, dict) and attribute not in _METHODS:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if isinstance(obj, LoopContext) and attribute in _LOOP:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
 
 class _GenerationMark(Extension):
@@ -130,32 +197,18 @@ class _GenerationMark(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None,
-    separators: tuple[str, str] | None = None, sort_keys: bool = False,
-) -> str:
-    """JSON as transformers renders it: no HTML escapes, keys in their own order."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _roles(messages: Sequence[Message]) -> str:
-    return ", ".join(message.role for message in messages)
-
-
-def _parts(message: Message) -> list[dict[str, Any]]:
-    return [{"type": part.kind, part.kind: part.value} for part in message.parts]
-
-
-def _served_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call with its arguments as an object, which is how serving engines hand it to templates."""
-    function = dict(call["function"])
-    if isinstance(function.get("arguments"), str):
-        try:
-            function["arguments"] = json.loads(function["arguments"])
-        except json.JSONDecodeError:
-            pass  # a template may still print it as it stands
-    return {**call, "function": function}
+def _raised(error: Exception, program: Program, messages: Sequence[Message], origin: Origin) -> TemplateError:
+    words = " ".join(str(error).split())
+    unset = sorted(name for name in program.arguments if f"'{name}'" in words)
+    remedy = "mend the row, or set model.chat_template to a template that serves such conversations"
+    if isinstance(error, jinja2.UndefinedError) and unset:
+        remedy = f"set model.template_arguments: {{{unset[0]}: …}}, or set model.chat_template to another template"
+    return TemplateError(
+        f"the chat template refuses this conversation: {type(error).__name__}: {words:.200}",
+        required=f"messages that the template can render; these have the roles {handed.roles(messages)}",
+        where=str(origin), remedy=remedy,
+    )

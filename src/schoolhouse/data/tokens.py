@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from schoolhouse.data import pieces
 from schoolhouse.errors import ConfigError
+from schoolhouse.types import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,12 +23,15 @@ FILES = (
 """Everything in a model directory that decides what a row becomes."""
 
 
+
 @dataclass(frozen=True, slots=True)
 class Stops:
     """The tokens that end an answer, in training, in the exam, and in what is exported."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
+    known: tuple[str, ...] = ()
+    """The tokenizer's other added tokens: candidates, where a template ends its answers with none of `texts`."""
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -44,43 +49,69 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Each text alone to ids; nothing is added, because a chat template writes its own special tokens.
+    """Each text alone to ids; nothing is added, because a chat template writes its own special tokens."""
+    return _encode(tokenizer, list(pieces.barrier(tokenizer).split_all(texts)))
 
-    Special tokens are barriers: a tokenizer cuts them out first and treats what stands between them alone. So texts
-    that repeat one another (the prompts of a long conversation) share pieces, and each piece is tokenized once.
+
+def tokenize_turns(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Turn]]
+) -> list[list[tuple[list[int], list[int]]]]:
+    """The ids of prompt and completion of each turn of each row; what texts share is tokenized once.
+
+    A prompt is tokenized alone, as serving does it, a completion as the model goes on behind a prompt.
     """
-    barrier = _barrier(tokenizer)
-    pieces = [[piece for piece in barrier.split(text) if piece] if barrier else [text] for text in texts]
-    unique = list(dict.fromkeys(piece for text in pieces for piece in text))
+    barrier = pieces.barrier(tokenizer)
+    turns = [turn for row in rows for turn in row]
+    prompts = [text for row in rows for text in barrier.split_all(turn.prompt for turn in row)]
+    completions = list(barrier.split_all(turn.completion for turn in turns))
+    ids = _encode(tokenizer, [*prompts, *completions])
+    shown, written = ids[: len(turns)], ids[len(turns):]
+    if _marks_beginning(tokenizer):
+        behind = _behind(tokenizer, [turn.completion for turn in turns])
+        written = [behind.get(turn.completion, alone) if turn.prompt else alone
+                   for turn, alone in zip(turns, written, strict=True)]
+    pairs = zip(shown, written, strict=True)
+    return [list(islice(pairs, len(row))) for row in rows]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) -> list[list[int]]:
+    """The ids of texts that are given in pieces; each distinct piece is tokenized once."""
+    unique = list(dict.fromkeys(chain.from_iterable(texts)))
     if not unique:
         return [[] for _ in texts]
     encoded = tokenizer(unique, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     known = dict(zip(unique, encoded, strict=True))
-    return [[token for piece in text for token in known[piece]] for text in pieces]
+    return [list(chain.from_iterable(map(known.__getitem__, text))) for text in texts]
 
 
-def _barrier(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Matches the place before each special token that is taken as it stands, blanks beside it included or not.
+def _marks_beginning(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text's first word is another one behind a prompt: SentencePiece's kind writes a blank before it."""
+    lead, *texts = _encode(tokenizer, [[text] for text in ("\n", "a", " a", "\na", "\n a")])
+    return texts[2:] != [lead + ids for ids in texts[:2]]
 
-    The token stays at the head of its piece, so that a rule for the very first word of a text meets the same word.
-    """
-    plain = [
-        token.content for token in tokenizer.added_tokens_decoder.values()
-        if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
-    ]
-    longest_first = sorted(plain, key=len, reverse=True)
-    return re.compile(f"(?={'|'.join(map(re.escape, longest_first))})") if plain else None
+
+def _behind(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
+    """The ids of texts as they stand behind another, of which they must not change the ids."""
+    found: dict[str, list[int]] = {}
+    for lead in ("\n", ".", "a"):
+        unknown = [text for text in texts if text not in found]
+        mark, *longer = tokenize(tokenizer, [lead, *(lead + text for text in unknown)])
+        both = zip(unknown, longer, strict=True)
+        found |= {text: ids[len(mark):] for text, ids in both if ids[: len(mark)] == mark}
+    return found
+
+
+def own_template(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str] | None:
+    """The chat template that comes with a model; older ones with images keep it in a file of its own."""
+    path = directory / "chat_template.json"
+    if tokenizer.chat_template or not path.is_file():
+        return tokenizer.chat_template
+    return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
 
 
 def stop_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase, named: Sequence[str]) -> Stops:
     """The stop tokens the recipe names, else the generation configuration's, else the tokenizer's end token."""
-    unknown = [text for text in named if tokenizer.convert_tokens_to_ids(text) in (None, tokenizer.unk_token_id)]
-    if unknown:
-        raise ConfigError(
-            f"the tokenizer has no token {unknown[0]!r}", required="tokens of the tokenizer's vocabulary",
-            where="model.stop_tokens", remedy="check its spelling in tokenizer_config.json",
-        )
-    ids = [tokenizer.convert_tokens_to_ids(text) for text in named] or _generation_stops(directory)
+    ids = [_named(tokenizer, text) for text in named] or _generation_stops(directory)
     if not ids and tokenizer.eos_token_id is not None:
         ids = [tokenizer.eos_token_id]
     if not ids:
@@ -88,7 +119,25 @@ def stop_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase, named: Sequ
             "the model has no stop token", required="a token that ends each answer",
             where=str(directory), remedy="set model.stop_tokens",
         )
-    return Stops(tuple(ids), tuple(tokenizer.decode([token]) for token in ids))
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
+    texts = [added.get(token) or tokenizer.decode([token]) for token in ids]
+    if "" in texts:
+        raise ConfigError(
+            f"the tokenizer has no token {ids[texts.index('')]}", required="stop tokens of the tokenizer's vocabulary",
+            where=f"eos_token_id in {directory / 'generation_config.json'}", remedy="set model.stop_tokens",
+        )
+    return Stops(tuple(ids), tuple(texts), tuple(text for text in added.values() if text not in texts))
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """The id of a token that the recipe names."""
+    token = tokenizer.convert_tokens_to_ids(text)
+    if token is None or (token == tokenizer.unk_token_id and text != tokenizer.unk_token):
+        raise ConfigError(
+            f"the tokenizer has no token {text!r}", required="tokens of the tokenizer's vocabulary",
+            where="model.stop_tokens", remedy="check its spelling in tokenizer_config.json",
+        )
+    return token
 
 
 def _generation_stops(directory: Path) -> list[int]:

@@ -2,7 +2,7 @@
 
 For each assistant message that is taught, `prompt` is the template's render of the messages before it with the
 generation prompt, `full` its render through it, and the completion is what `full` adds, cut after the first stop
-token. Where `full` does not begin with `prompt`, training on it would teach what is never served: refused.
+token. Where that would not teach the answer after what is served, the conversation is refused.
 """
 
 from __future__ import annotations
@@ -11,26 +11,28 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from schoolhouse.data.template import Template
+from schoolhouse.data import kept, refusals
+from schoolhouse.data.refusals import Fault
+from schoolhouse.data.template import Script, Template
+from schoolhouse.data.tokens import Stops
 from schoolhouse.errors import TemplateError
-from schoolhouse.types import Conversation, Message, Origin, Turn
+from schoolhouse.types import Conversation, Message, Turn
 
 Supervise = Literal["every", "last", "marked"]
 
-EMPTY_THINKING = re.compile(r"(<(?P<tag>[\w:]*think\w*)>\s*</(?P=tag)>|\[THINK\]\s*\[/THINK\])\s*\Z")
-"""A closed, empty thinking block at the end of a generation prompt."""
-OPEN_THINKING = re.compile(r"(<[\w:]*think\w*>|\[THINK\])\s*\Z")
+_PAIRS = [(re.escape(begin), re.escape(end)) for begin, end in kept.THINKING]
+_EMPTY_BLOCK = re.compile("(" + "|".join(rf"{begin}\s*{end}" for begin, end in _PAIRS) + r")\s*\Z")
+"""A thinking block at the end of a generation prompt, closed and empty."""
+_OPEN_BLOCK = re.compile("(" + "|".join(begin for begin, _ in _PAIRS) + r")\s*\Z")
 """A thinking block that a generation prompt opens and leaves open."""
 
 
 def to_turns(
-    conversation: Conversation, template: Template, stops: Sequence[str], supervise: Supervise
+    conversation: Conversation, template: Template, stops: Stops, supervise: Supervise
 ) -> tuple[Turn, ...]:
     """The supervised turns of a conversation in order; raises TemplateError where served and taught would differ."""
-    return tuple(
-        _turn(conversation, index, weight, template, stops)
-        for index, weight in taught(conversation.messages, supervise)
-    )
+    script = template.script(conversation)
+    return tuple(_turn(script, index, weight, stops) for index, weight in taught(conversation.messages, supervise))
 
 
 def taught(messages: Sequence[Message], supervise: Supervise) -> list[tuple[int, float]]:
@@ -43,81 +45,87 @@ def taught(messages: Sequence[Message], supervise: Supervise) -> list[tuple[int,
     return [(index, weight) for index, weight in zip(answers, weights, strict=True) if weight > 0]
 
 
-def _turn(
-    conversation: Conversation, index: int, weight: float, template: Template, stops: Sequence[str]
-) -> Turn:
-    messages, tools, origin = conversation.messages, conversation.tools, conversation.origin
-    prompt = template.render(messages[:index], tools, origin, to_answer=True)
-    full = template.render(messages[: index + 1], tools, origin, to_answer=False)
+def _turn(script: Script, index: int, weight: float, stops: Stops) -> Turn:
+    answer = _answer(script, index, stops.texts)
+    if isinstance(answer, Fault):
+        raise refusals.refusal(answer, stops, lambda other: _teachable(other, index, stops.texts))
+    prompt, completion, prefilled = answer
+    return Turn(prompt, completion, weight, prefilled)
+
+
+def _teachable(script: Script, index: int, stops: Sequence[str]) -> bool:
+    try:
+        return not isinstance(_answer(script, index, stops), Fault)
+    except TemplateError:
+        return False
+
+
+def _answer(script: Script, index: int, stops: Sequence[str]) -> tuple[str, str, bool] | Fault:
+    """Prompt, completion, and whether the prompt was prefilled; or what is wrong with it."""
+    message, prompt, full = script.conversation.messages[index], script.prompt(index), script.full(index + 1)
     shown = _shown(prompt, full)
     if shown is None:
-        raise _contradiction(prompt, full, messages[index], index, origin)
-    completion = _through_stop(full[len(shown):], stops)
+        return _contradiction(script, index, prompt, full)
+    written = full[len(shown):]
+    lost = kept.missing(message, written)
+    if lost is not None:
+        return Fault("dropped", script, index, prompt, full, lost)
+    completion = _through_stop(written, stops)
     if completion is None:
-        raise _unstopped(full[len(shown):], stops, index, origin)
-    reasoning = (messages[index].reasoning or "").strip()
-    if reasoning and reasoning not in completion:
-        raise _dropped_reasoning(completion, reasoning, index, origin)
-    return Turn(prompt, completion, weight, prefilled=shown != prompt)
+        return Fault("unstopped", script, index, prompt, full)
+    lost = kept.missing(message, completion)
+    if lost is not None:
+        return Fault("cut", script, index, prompt, full, lost)
+    astray = _thinks_astray(prompt, completion)
+    if astray is not None:
+        return Fault(astray, script, index, prompt, full)
+    return prompt, completion, shown != prompt
 
 
 def _shown(prompt: str, full: str) -> str | None:
     """The part of the prompt that the full render repeats, or None where the two contradict each other."""
     if full.startswith(prompt):
         return prompt
-    empty = EMPTY_THINKING.search(prompt)
+    empty = _at_end(_EMPTY_BLOCK, prompt)
     if empty and full.startswith(prompt[: empty.start()]):
         return prompt[: empty.start()]
     return None
 
 
 def _through_stop(text: str, stops: Sequence[str]) -> str | None:
-    """The text through its first stop token, or None where it has none."""
-    ends = [(place, place + len(stop)) for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(ends)[1]] if ends else None
+    """The text through its first stop token, the longest of those at one place; None where it has none."""
+    ends = [(place, -len(stop)) for stop in stops if (place := text.find(stop)) >= 0]
+    if not ends:
+        return None
+    place, length = min(ends)
+    return text[: place - length]
 
 
-def _contradiction(prompt: str, full: str, message: Message, index: int, origin: Origin) -> TemplateError:
-    start = _parting(prompt, full)
-    if OPEN_THINKING.search(prompt) and not message.reasoning:
-        found = "the generation prompt opens a thinking block that this answer does not have"
-        remedy = "give the rows `reasoning_content`, or set model.template_arguments (often enable_thinking: false)"
-    else:
-        found = "the template writes this turn differently from how it asks for it"
-        remedy = "set model.chat_template to a template whose full text begins with its own prompt"
-    return TemplateError(
-        found,
-        required=f"text that begins with the prompt\n    asked:  …{_around(prompt, start)}\n"
-        f"    taught: …{_around(full, start)}",
-        where=f"{origin} message {index + 1}",
-        remedy=remedy,
-    )
+def _contradiction(script: Script, index: int, prompt: str, full: str) -> Fault:
+    """The reason why the full render does not begin with the prompt."""
+    message = script.conversation.messages[index]
+    if _at_end(_OPEN_BLOCK, prompt) and not _thinks(message):
+        return Fault("opened", script, index, prompt, full)
+    lost = kept.missing(message, full[refusals.parting(prompt, full):])
+    if lost is not None:
+        return Fault("dropped", script, index, prompt, full, lost)
+    return Fault("differs", script, index, prompt, full)
 
 
-def _unstopped(completion: str, stops: Sequence[str], index: int, origin: Origin) -> TemplateError:
-    return TemplateError(
-        f"the answer has no stop token: it ends in {completion[-40:]!r}",
-        required=f"one of {', '.join(stops) or '(no stop token is known)'} after each answer, or the model never stops",
-        where=f"{origin} message {index + 1}",
-        remedy="set model.stop_tokens to the token that ends the template's turns",
-    )
+def _thinks_astray(prompt: str, completion: str) -> Literal["opened", "closed"] | None:
+    """Whether the answer closes at once the thinking that its prompt opened, or opens what its prompt has closed."""
+    opened = _at_end(_OPEN_BLOCK, prompt)
+    if opened:
+        thought, end, _ = completion.partition(dict(kept.THINKING)[opened[1]])
+        return None if end and thought.strip() else "opened"
+    again = completion.lstrip().startswith(tuple(dict(kept.THINKING)))
+    return "closed" if again and _at_end(_EMPTY_BLOCK, prompt) else None
 
 
-def _dropped_reasoning(completion: str, reasoning: str, index: int, origin: Origin) -> TemplateError:
-    return TemplateError(
-        "the template drops the reasoning that this answer has",
-        required=f"the reasoning in the text\n    data:   {reasoning[:60]!r}\n    taught: {completion[:60]!r}",
-        where=f"{origin} message {index + 1}",
-        remedy="set model.chat_template or model.template_arguments so that it is kept, or take it out of the rows",
-    )
+def _at_end(block: re.Pattern[str], prompt: str) -> re.Match[str] | None:
+    """The block at the end of a prompt; only its last line or so is searched."""
+    return block.search(prompt, max(0, len(prompt) - 80))
 
 
-def _parting(left: str, right: str) -> int:
-    """The first place where two texts differ."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(left), len(right)))
-
-
-def _around(text: str, place: int) -> str:
-    """A short piece of text on both sides of a place, printable."""
-    return repr(text[max(0, place - 30) : place + 40])
+def _thinks(message: Message) -> bool:
+    return bool((message.reasoning or "").strip()) or any(end in message.text for _, end in kept.THINKING)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from schoolhouse import loss
 from schoolhouse.config import Model
-from schoolhouse.errors import ModelError
+from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
 from schoolhouse.model import attention, families
 from schoolhouse.types import LossSum, MicroBatch
@@ -44,7 +44,15 @@ class Student:
 def device(setting: str) -> torch.device:
     """The torch device of the recipe; `auto` is the accelerator where there is one."""
     if setting != "auto":
-        return torch.device(setting)
+        try:
+            place = torch.device(setting)
+            torch.empty(0, device=place)
+            return place
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"the device {setting!r} is not there: {str(error).splitlines()[0]:.120}",
+                required="auto, cpu, or an accelerator of this machine", where="device", remedy="set device=auto",
+            ) from None
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
