@@ -67,7 +67,7 @@ def save(
     name = f"{PREFIX}{step:08d}"
     staging = parent / f"{STAGING}{name}-{os.getpid()}"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(exist_ok=True)  # and not its parents: a run directory that vanished must not come back half
         clear_staging(parent)
         staging.mkdir()
         _write(staging, tensors, {**state, "step": step}, recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from schoolhouse import recipe as recipes
 from schoolhouse.config import Recipe
 from schoolhouse.errors import ConfigError, SchoolhouseError, Stopped
+from schoolhouse.stopping import StopRequest
 
 if TYPE_CHECKING:
     from schoolhouse.data.served import Serving
@@ -22,6 +24,7 @@ EXAMPLES = Path("examples/sft")
 
 def run(options: Namespace) -> None:
     """Train, and write the report at the end, whichever end it is."""
+    stop = StopRequest()
     recipe = recipes.read(options.recipe, options.overrides)
     if options.nproc != 1:
         raise ConfigError(
@@ -31,10 +34,9 @@ def run(options: Namespace) -> None:
     from schoolhouse import run as runs
     from schoolhouse.report import page
     from schoolhouse.screen import Screen
-    from schoolhouse.stopping import StopRequest
     from schoolhouse.train import train
 
-    stop, screen = StopRequest(), Screen()
+    screen = Screen()
     running = runs.begin(recipe, Path(options.recipe), screen)
     status = "failed"
     try:
@@ -45,9 +47,10 @@ def run(options: Namespace) -> None:
         raise
     finally:
         if running.record.directory.is_dir():  # gone: the error on its way says so
-            running.finish(status)
-            written = page.write(running.record.directory)
-    screen.say(f"done: {running.steps} steps; report: {written}")
+            with contextlib.suppress(*([] if status == "done" else [OSError, SchoolhouseError])):
+                running.finish(status)
+                page.write(running.record.directory)
+    screen.say(f"done: {running.steps} steps; report: {running.record.directory / 'report.html'}")
 
 
 def check(options: Namespace) -> None:

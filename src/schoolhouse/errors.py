@@ -71,7 +71,7 @@ class ModelError(ConfigError):
     """The model cannot be loaded, or cannot be trained exactly by this program."""
 
 
-class Stopped(Exception):
-    """The user asked the run to stop; it was saved and can be resumed (exit code 75)."""
+class Stopped(BaseException):
+    """The user asked the run to stop; it was saved and can be resumed (exit code 75). No library may swallow it."""
 
     exit_code = 75

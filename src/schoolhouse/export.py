@@ -10,7 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from schoolhouse.data.served import Served
-from schoolhouse.errors import CheckpointError
+from schoolhouse.errors import CheckpointError, ConfigError
+
+MARK = ".schoolhouse-export"
+"""The file that says a directory may be written again."""
 
 
 def export(base: Path, weights: Mapping[str, torch.Tensor], served: Served, prompts: Sequence[str], out: Path) -> Path:
@@ -18,6 +21,11 @@ def export(base: Path, weights: Mapping[str, torch.Tensor], served: Served, prom
 
     Weights are stored in the type that the base model is stored in. Raises CheckpointError where anything differs.
     """
+    if out.exists() and not (out / MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"{out} holds files that no export wrote", required="a new or empty directory, or an earlier export",
+            where=str(out), remedy="choose another --out",
+        )
     staging = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(staging, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -29,6 +37,7 @@ def export(base: Path, weights: Mapping[str, torch.Tensor], served: Served, prom
     served.tokenizer.chat_template = served.template.source
     served.tokenizer.save_pretrained(staging)
     _compare(model, served, prompts, staging)
+    (staging / MARK).write_text("written and verified by schoolhouse export\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     staging.rename(out)
     return out
