@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from schoolhouse.data.served import Served
 from schoolhouse.errors import CheckpointError, ConfigError
 
-MARK = ".schoolhouse-export"
+MARK = "schoolhouse_export.txt"
 """The file that says a directory may be written again."""
 
 

@@ -1,0 +1,152 @@
+"""One measurement of TRL's `SFTTrainer` in a process of its own; `throughput.py` starts it and reads its JSON line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer, pack_dataset
+
+NUMBERS = {"float32": (torch.float32, False), "autocast": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
+"""The weights' format and `bf16`: autocast computes in bfloat16 from float32 weights (TRL's default); in bfloat16
+weights, gradients and both moments are all bfloat16, which is less exact than anything schoolhouse does."""
+Row = dict[str, list[int]]
+
+
+class Clock(TrainerCallback):
+    """Wall time from the end of one optimizer step to the end of the next, data loading included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self._last = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the step."""
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+
+class CountingTrainer(SFTTrainer):
+    """`SFTTrainer` that notes the tokens and the loss of every micro-batch."""
+
+    counts: list[tuple[int, dict[str, float]]]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        """Count, then train as usual; the losses of a step's micro-batches add up to the step's."""
+        real = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        supervised = (inputs["labels"][:, 1:] != -100).sum()
+        loss = super().training_step(model, inputs, *rest)
+        counted = {"tokens": int(real), "supervised_tokens": int(supervised), "loss": float(loss)}
+        self.counts.append((self.state.global_step, counted))
+        return loss
+
+
+def main() -> None:
+    """Train as the arguments say and print one JSON line."""
+    arguments = parse()
+    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
+    trainer, clock = build(arguments)
+    if arguments.check_isolation:
+        print(json.dumps(isolation(trainer)))
+        return
+    trainer.train()
+    print(json.dumps({"baseline_mib": baseline, "steps": steps(trainer, clock)}))
+
+
+def parse() -> argparse.Namespace:
+    """The command line that `throughput.py` writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="directory with model/ and tokens.jsonl")
+    parser.add_argument("--layout", choices=["padded", "padding_free", "packed"], required=True)
+    parser.add_argument("--size", type=int, required=True, help="rows of a micro-batch; packed: tokens of a pack")
+    parser.add_argument("--numbers", choices=list(NUMBERS), required=True)
+    parser.add_argument("--examples", type=int, required=True, help="examples in an optimizer step")
+    parser.add_argument("--optimizer-steps", type=int, required=True, help="steps of one pass over the rows")
+    parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--steps", type=int, default=-1, help="stop early")
+    parser.add_argument("--check-isolation", action="store_true", help="whether packed examples see one another")
+    return parser.parse_args()
+
+
+def build(arguments: argparse.Namespace) -> tuple[CountingTrainer, Clock]:
+    """The trainer on pre-tokenized rows."""
+    rows = [json.loads(line) for line in (arguments.work / "tokens.jsonl").read_text().splitlines()]
+    place = arguments.work / "model"
+    dtype, _ = NUMBERS[arguments.numbers]
+    clock = Clock()
+    trainer = CountingTrainer(
+        model=AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation="sdpa"),
+        args=settings(arguments, rows), train_dataset=Dataset.from_list(rows), callbacks=[clock],
+        processing_class=AutoTokenizer.from_pretrained(place),
+    )
+    trainer.counts = []
+    return trainer, clock
+
+
+def settings(arguments: argparse.Namespace, rows: list[Row]) -> SFTConfig:
+    """One pass with schoolhouse's optimizer and clipping, and everything off that is not training."""
+    _, autocast = NUMBERS[arguments.numbers]
+    return SFTConfig(
+        **layout(arguments, rows), output_dir=str(arguments.work / "trl"), num_train_epochs=1,
+        max_steps=arguments.steps, bf16=autocast, gradient_checkpointing=False, loss_type="chunked_nll",
+        optim="adamw_torch_fused", learning_rate=arguments.learning_rate, lr_scheduler_type="constant",
+        weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, max_grad_norm=1.0,
+        use_cpu=True, dataloader_num_workers=0, dataloader_pin_memory=False,
+        logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
+    )
+
+
+def layout(arguments: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
+    """How rows become micro-batches, and how many of these make a step."""
+    if arguments.layout == "packed":
+        length = arguments.size or max(len(row["input_ids"]) for row in rows)
+        packs = len(pack_dataset(Dataset.from_list(rows), length, "bfd"))
+        return {"packing": True, "packing_strategy": "bfd", "max_length": length, "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": -(-packs // arguments.optimizer_steps)}
+    size = arguments.size or 1
+    return {"padding_free": arguments.layout == "padding_free", "max_length": None,
+            "train_sampling_strategy": "group_by_length", "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": arguments.examples // size}
+
+
+def isolation(trainer: CountingTrainer, tokens: int = 64) -> dict[str, float]:
+    """Largest difference of an example's hidden states behind another in TRL's batch from those it has alone.
+
+    The control has positions that do not restart, which is how TRL's batch would look to a model that cannot tell.
+    """
+    first, second = ([*row["input_ids"][-tokens:]] for row in trainer.train_dataset.select([0, 1]))
+    collated = trainer.data_collator([{"input_ids": row, "seq_lengths": [len(row)]} for row in (first, second)])
+    collated.pop("labels")
+    model = trainer.model.eval()
+    with torch.no_grad():
+        alone = model.base_model(input_ids=torch.tensor([second])).last_hidden_state[0]
+        behind = model.base_model(**collated).last_hidden_state[0, -len(second) :]
+        control = model.base_model(input_ids=collated["input_ids"]).last_hidden_state[0, -len(second) :]
+    errors = {"isolation_error": behind - alone, "control_error": control - alone}
+    return {name: float(error.abs().max()) for name, error in errors.items()}
+
+
+def steps(trainer: CountingTrainer, clock: Clock) -> list[dict[str, float]]:
+    """One record an optimizer step: its seconds and the sums of its micro-batches."""
+    records = [{"seconds": seconds, "tokens": 0, "supervised_tokens": 0, "loss": 0.0} for seconds in clock.seconds]
+    for step, counted in trainer.counts:
+        for key, value in counted.items():
+            records[step][key] += value
+    return records
+
+
+if __name__ == "__main__":
+    main()

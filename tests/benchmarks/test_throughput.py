@@ -1,0 +1,107 @@
+"""The throughput benchmark's arithmetic on recorded numbers, and the recipe it hands to us; TRL is not needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from schoolhouse import recipe as recipes
+
+PLACE = Path(__file__).parents[2] / "benchmarks" / "throughput.py"
+
+
+@pytest.fixture(scope="module")
+def throughput() -> ModuleType:
+    """The command as a module; `benchmarks` is no package."""
+    spec = importlib.util.spec_from_file_location("throughput", PLACE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["throughput"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["throughput"]
+
+
+def measurement(throughput: ModuleType, seconds: list[float], peak: float, supervised: int = 400):
+    """Steps of 1,000 tokens that took `seconds` each."""
+    steps = [{"seconds": one, "tokens": 1000, "supervised_tokens": supervised, "loss": 2.0} for one in seconds]
+    return throughput.Measurement(baseline_mib=300.0, peak_mib=peak, others=0.0, steps=tuple(steps))
+
+
+def recorded(throughput: ModuleType) -> dict:
+    """Ours and two of TRL's layouts, three turns each; one turn of each was disturbed."""
+    ours = throughput.Contender("schoolhouse", "packed:2048", "float32")
+    padded, packed = (throughput.Contender("TRL", layout, "float32") for layout in ("padded:4", "packed:0"))
+
+    def turns(step: float, peak: float) -> list:
+        calm, slow = [50.0, 50.0, step, step, 100 * step], [50.0, 50.0, 10 * step, 10 * step, 10 * step]
+        return [measurement(throughput, seconds, peak) for seconds in (calm, slow, calm)]
+
+    return {ours: turns(0.25, 500.0), padded: turns(0.5, 800.0), packed: turns(1.0, 700.0)}
+
+
+def test_warm_up_and_disturbed_steps_do_not_count(throughput):
+    found = measurement(throughput, [99.0, 99.0, 0.5, 0.5, 30.0], 500.0)
+    assert found.rate("tokens") == 2000
+    assert found.rate("supervised_tokens") == 800
+    assert found.loss == 2.0
+
+
+def test_ratios_are_of_medians_over_turns(throughput):
+    ratios = {contender.layout: values for contender, values in throughput.ratios(recorded(throughput)).items()}
+    assert ratios["padded:4"] == {
+        "tokens/s": 2.0, "supervised/s": 2.0, "peak MiB": pytest.approx(0.625), "above imports": pytest.approx(0.4)
+    }
+    assert ratios["packed:0"]["tokens/s"] == 4.0
+
+
+def test_the_verdict_is_against_the_fastest_of_theirs(throughput):
+    text = throughput.report(recorded(throughput))
+    assert text.splitlines()[-1] == (
+        "against TRL's fastest (padded:4 float32): 2.00 x tokens/s, 0.62 x peak memory (0.40 x above the imports)"
+    )
+    assert "schoolhouse packed:2048 float32          4,000          1,600" in text
+
+
+def test_other_supervised_tokens_are_named(throughput):
+    turns = recorded(throughput)
+    equal = throughput.unequal(turns, {"supervised_tokens": 2000})
+    assert equal[0] == "supervised tokens of schoolhouse packed:2048 float32: all 2,000"
+    assert "NOT EQUAL: [2000] of 2,001" in throughput.unequal(turns, {"supervised_tokens": 2001})[0]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_our_recipe_validates(throughput, tmp_path, precision):
+    options = Namespace(precision=precision, examples=32, tokens=2048)
+    page = tmp_path / "recipe.yaml"
+    page.write_text(throughput.recipe(options, tmp_path))
+    recipe = recipes.read(page, [f"directory={tmp_path / 'run'}"])
+    assert recipe.model.precision == precision
+    assert (recipe.batch.examples, recipe.batch.tokens, recipe.train.epochs) == (32, 2048, 1)
+    assert (recipe.optim.schedule, recipe.optim.warmup, recipe.optim.clip) == ("constant", 0.0, 1.0)
+    assert recipe.validation.every == 0 and recipe.data.validation is None and recipe.exam.data is None
+
+
+def test_trl_is_started_with_what_its_worker_knows(throughput, tmp_path):
+    options = Namespace(examples=32, steps=8)
+    command = throughput.trl_command(throughput.Contender("TRL", "packed:1024", "autocast"), options, tmp_path)
+    named = dict(zip(command[2::2], command[3::2], strict=True))
+    worker = PLACE.with_name("_trl_worker.py").read_text()
+    assert named["--layout"] == "packed" and named["--size"] == "1024" and named["--numbers"] == "autocast"
+    assert all(f'"{option}"' in worker for option in named)
+
+
+def test_a_command_reports_its_memory(throughput):
+    options = Namespace(threads=1, patience=0.0)
+    finished = throughput.run([sys.executable, "-c", f"print(len(bytearray({2**27})))"], options)
+    assert finished.output == f"{2**27}\n"
+    assert finished.peak_mib > 128 and 0 <= finished.others <= 1
+
+
+def test_a_command_that_fails_ends_the_benchmark_with_its_words(throughput):
+    with pytest.raises(SystemExit, match="no such thing"):
+        throughput.run([sys.executable, "-c", "raise SystemExit('no such thing')"], Namespace(threads=1, patience=0.0))

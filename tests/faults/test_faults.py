@@ -1,0 +1,152 @@
+"""What breaks around a run: disks, damaged files, a second process, numbers that are none."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import check_same, copied, finished_run, here, last_step, program, records, started, write_recipe
+
+from schoolhouse import checkpoint
+from schoolhouse.record import Record
+
+SECRETS = {"HF_TOKEN": "hf_verysecrettoken123", "WANDB_API_KEY": "0123456789abcdefverysecret"}
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run to which nothing happened."""
+    return finished_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it, to damage."""
+    return copied(whole, tmp_path)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def newest(run: Path) -> Path:
+    return checkpoint.steps_in(run / "checkpoints")[-1]
+
+
+# Damaged checkpoints.
+
+
+def test_without_a_whole_checkpoint_it_begins_again(run: Path, page: Path, whole: Path) -> None:
+    """All damaged, a staging directory left: exit 0, the same result, and no secret of the environment in any file."""
+    for path in checkpoint.steps_in(run / "checkpoints"):
+        (path / "index.json").unlink()
+    (run / "checkpoints" / ".tmp-step-00000004-1").mkdir()
+    done = program("run", page, f"directory={run}", env={**os.environ, **SECRETS})
+    assert done.stderr.count("index.json is missing") >= 2 and "resumed" not in done.stderr
+    check_same(run, whole)
+    told = done.stdout + done.stderr + "".join(path.read_text("utf-8", "replace") for path in run.glob("*.*"))
+    assert [name for name, secret in SECRETS.items() if secret in told] == []
+
+
+def test_a_damaged_checkpoint_is_named_and_an_earlier_one_used(run: Path, page: Path, whole: Path) -> None:
+    """Also where the last line of each record is torn: the run falls back to what is whole, and ends as it would."""
+    for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl"):
+        content = (run / name).read_text(encoding="utf-8")
+        (run / name).write_text(content.rstrip("\n")[:-7], encoding="utf-8")
+    flip(newest(run) / "weights-00000.safetensors")
+    said = program("run", page, f"directory={run}").stderr
+    assert "checkpoint step-00000008 rejected: weights-00000.safetensors sha256 mismatch" in said
+    assert "resumed from step 6 (verified)" in said
+    check_same(run, whole)
+    assert all(event["event"] for event in records(run, "events.jsonl"))
+
+
+# Disks.
+
+
+def test_a_full_disk_stops_the_run_and_costs_nothing(run: Path, page: Path, whole: Path) -> None:
+    """Files may not grow beyond 20 KiB: exit 6 with what to do, earlier checkpoints whole; with room it goes on."""
+    shutil.rmtree(newest(run))
+    done = program("run", page, f"directory={run}", code=6, preexec_fn=little_room)
+    assert "was not written" in done.stderr and "make room" in done.stderr and "Traceback" not in done.stderr
+    found, rejected = checkpoint.newest(run / "checkpoints")
+    assert found is not None and found.step == 6 and rejected == []
+    assert list((run / "checkpoints").glob(".tmp-*")) == []
+    assert "resumed from step 6" in program("run", page, f"directory={run}").stderr
+    check_same(run, whole)
+
+
+def little_room() -> None:
+    """In the child: no file beyond 20 KiB, less than any checkpoint or report."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 10, 20 << 10))
+
+
+def test_a_directory_that_cannot_be_made_is_refused_at_once(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the model is looked for: exit 6, and the place by name."""
+    (tmp_path / "file").write_text("in the way")
+    here("run", page, f"directory={tmp_path / 'file' / 'run'}", "model=starter/none", code=6)
+    assert str(tmp_path / "file" / "run") in capsys.readouterr().err
+
+
+def test_a_directory_that_vanishes_is_said(page: Path, tmp_path: Path) -> None:
+    """Moved away under a run: exit 6 in a few lines, neither a traceback nor a new directory without its records."""
+    with started("run", page, f"directory={tmp_path / 'run'}", "train.steps=20") as process:
+        process.wait_for_step(tmp_path / "run", 2)
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        assert process.ended() == 6, process.said()
+        assert "Traceback" not in process.said()
+
+
+# Two at once.
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(page: Path, tmp_path: Path) -> None:
+    """Exit 2 with the first one's number, and nothing touched; after `kill -9` the directory is free by itself."""
+    run = tmp_path / "run"
+    with started("run", page, f"directory={run}") as first:
+        first.wait_for_step(run, 3)
+        first.signal(signal.SIGSTOP)
+        before = (run / "metrics.jsonl").read_bytes()
+        second = program("run", page, f"directory={run}", code=2)
+        assert f"pid {first.process.pid}" in second.stderr and "active" in second.stderr
+        assert (run / "metrics.jsonl").read_bytes() == before
+        first.signal(signal.SIGKILL)
+        assert first.ended() == -signal.SIGKILL
+    Record(run).close()
+
+
+# Numbers.
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 4 with the step's rows in a file; the checkpoints there are hold numbers only."""
+    run = tmp_path / "run"
+    wild = ("optim.learning_rate=1e30", "optim.warmup=0", "checkpoint.every=1", "exam.data=null", "exam.every=0")
+    here("run", page, f"directory={run}", *wild, code=4)
+    assert "bad_step.json" in capsys.readouterr().err
+    bad = json.loads((run / "bad_step.json").read_text())
+    assert bad["step"] == last_step(run) + 1 <= 4 and len(bad["examples"]) == 4
+    assert all(row.startswith("starter/arithmetic:") for row in bad["examples"])
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    found, rejected = checkpoint.newest(run / "checkpoints")
+    assert found is not None and rejected == []
+    for kind in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
+        assert all(bool(torch.isfinite(one).all()) for one in found.tensors(kind).values())

@@ -1,0 +1,232 @@
+"""The command line: every order of arguments, every mistake in a few lines with its exit code, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_recipe import SCHEMA, schema_faults
+from test_run import LESSON, here, program, write_recipe
+
+from schoolhouse import cli, commands
+from schoolhouse import recipe as recipes
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {
+    "run", "check", "show", "eval", "chat", "compare", "export", "verify", "report", "ls", "new", "schema", "env",
+}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+# What is understood.
+
+
+def test_every_command_of_the_contract_is_there() -> None:
+    assert commands.COMMANDS.keys() >= COMMANDS
+    for name in commands.COMMANDS:
+        with pytest.raises(SystemExit) as leaving:
+            cli.parser().parse_args([name, "--help"])
+        assert leaving.value.code == 0
+
+
+@pytest.mark.parametrize("arguments", [
+    "run R --nproc 2 a=1 b=2", "run R a=1 b=2 --nproc 2", "run --nproc 2 R a=1 b=2", "run R a=1 --nproc 2 b=2",
+    "--debug run R --nproc=2 a=1 b=2",
+])
+def test_settings_and_options_in_any_order(arguments: str) -> None:
+    """The remote controls write options before settings; people write them as they come to mind."""
+    options = cli.parse(arguments.split())
+    assert (options.recipe, options.nproc, options.overrides) == ("R", 2, ["a=1", "b=2"])
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["rnu", "x"], ["run"], ["run", "R", "--nproc", "x"], ["eval", "R"], ["compare", "a", "R"],
+    ["show", "R", "--jsno"], ["export", "R", "--step", "best"], ["run", "R", "--np", "2"], ["ls", "extra"],
+    ["show", "R", "--json", "--html", "x"], ["run", "R", "a=1", "--nproc", "2", "b"], ["verify", "R", "a=1"],
+])
+def test_what_is_not_understood(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 2 with a line of usage; no abbreviation is guessed."""
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(arguments)
+    assert leaving.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_values_of_settings_may_hold_anything(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equals signs, blanks, braces and dashes belong to the value."""
+    one = recipes.read(page, ["exam.grader=a:b", "data.columns={question: a=b}", "directory=-x y"])
+    assert (one.exam.grader, one.data.columns, one.directory) == ("a:b", {"question": "a=b"}, "-x y")
+
+
+# What goes wrong.
+
+
+WITHOUT_EXAM = "model: starter/qwen3\ndata: starter/arithmetic\n"
+MISTAKES = {
+    "there is no recipe": ("check {tmp}/none.yaml", 2), "unknown key": ("check {page} optim.learning_rat=1", 2),
+    "is no setting": ("check {page} learning_rate", 2), "--nproc 2": ("run {page} --nproc 2 directory={tmp}/run", 2),
+    "--nproc 0": ("run {page} --nproc 0 directory={tmp}/run", 2), "there is no starter student": (
+        "check {page} model=starter/qwne3", 2),
+    "holds no model": ("check {page} model={tmp}", 2), "there is no starter lesson": (
+        "check {page} data.train=starter/algebra", 3),
+    "there is no such file": ("check {page} data.train={tmp}/rows.jsonl", 3), "--rows x": ("show {page} --rows x", 2),
+    "--rows -1:3": ("show {page} --rows=-1:3", 2), "--rows 0:-3": ("show {page} --rows=0:-3", 2),
+    "no exam": ("eval starter/qwen3 {bare}", 2),
+    "there is no grader": ("eval starter/qwen3 {page} exam.grader=gsm9k", 2),
+    "cannot be imported": ("eval starter/qwen3 {page} exam.grader=no_such_module:f", 2),
+    "is no run directory": ("export {tmp}", 6), "holds no checkpoint": ("verify {tmp}", 2),
+    "is not a run directory": ("report {tmp}", 2), "was not found": ("eval nobody/nothing {page}", 2),
+    "{tmp}/page.html": ("new {page} {tmp}/page.html", 2), "missing/new.yaml": ("new {page} {tmp}/missing/new.yaml", 2),
+    "missing/page.html": ("show {page} --html {tmp}/missing/page.html", 2),
+    "there is no recipe starterr": ("new starterr {tmp}/new.yaml", 2), "has no token": (
+        "check {page} model.stop_tokens=[<|nowhere|>]", 2),
+    "no module": ("check {page} data.function=no_such_module:f", 2), "module": ("check {page} data.function=a.b:f", 2),
+    "there is no chat template": ("check {page} model.chat_template={tmp}/none.jinja", 2),
+    "device": ("run {page} directory={tmp}/run device=warp", 2),
+    "cuda:77": ("run {page} directory={tmp}/run device=cuda:77", 2),
+    "empty.jsonl": ("check {page} data.train={empty}", 3),
+}
+"""What is said, by what was typed and the exit code of the contract."""
+
+
+@pytest.mark.parametrize("said", MISTAKES)
+def test_a_mistake_is_said_in_a_few_lines(
+    said: str, page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found, where, required, to do, each on its line; the exit code of the contract; no Python in sight."""
+    bare = write_recipe(tmp_path / "bare", WITHOUT_EXAM)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "page.html").write_text("mine")
+    words = {"tmp": tmp_path, "page": page, "bare": bare, "empty": tmp_path / "empty.jsonl"}
+    line, code = MISTAKES[said]
+    here(*(word.format(**words) for word in line.split()), code=code)
+    told = capsys.readouterr().err.splitlines()
+    start = next(number for number, text in enumerate(told) if text.startswith("error: "))
+    assert [text.split(":")[0].strip() for text in told[start + 1 : start + 4]] == ["where", "required", "to do"]
+    assert len(told) - start <= 6 and said.format(**words) in "\n".join(told[start:])
+    assert (tmp_path / "page.html").read_text() == "mine", "an existing file is never overwritten"
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(recipes.ConfigError):
+        cli.main(["--debug", "check", str(tmp_path / "none.yaml")])
+
+
+def test_an_error_goes_to_standard_error_alone(tmp_path: Path) -> None:
+    """Standard output holds only what was asked for, so that it can be read by another program."""
+    done = program("check", tmp_path / "none.yaml", "--json", code=2)
+    assert done.stdout == "" and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+# What only looks.
+
+
+def test_ls_lists_the_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with who is taught what."""
+    monkeypatch.chdir(ROOT)
+    here("ls")
+    said = capsys.readouterr().out
+    for path in sorted(ROOT.glob("examples/sft/*/*.yaml")):
+        assert f"{path.relative_to(ROOT)} " in said and recipes.read(path).model.path in said
+
+
+def test_ls_says_where_there_is_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Elsewhere than in the project: a word, and not silence."""
+    monkeypatch.chdir(tmp_path)
+    here("ls")
+    said = capsys.readouterr()
+    assert (said.out + said.err).strip()
+
+
+def test_new_copies_a_recipe_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its short name, or as a path; comments and all."""
+    monkeypatch.chdir(ROOT)
+    shipped = sorted(Path("examples/sft").glob("*/*.yaml"))[0]
+    for number, name in enumerate([shipped.stem, str(shipped), str(ROOT / shipped)]):
+        here("new", name, tmp_path / f"{number}.yaml")
+        assert (tmp_path / f"{number}.yaml").read_bytes() == shipped.read_bytes()
+
+
+def test_schema_is_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    here("schema")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == SCHEMA
+    assert schema_faults({"model": "m", "data": "d", "optim": {"learning_rat": 1}}, printed, printed)
+
+
+def test_env_names_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    here("env")
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("schoolhouse", "python", "torch", "transformers", "accelerator"))
+
+
+def test_show_as_a_page_and_on_the_screen(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here("show", page, "--rows", "0:2", "--html", tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert html.startswith("<!doctype html>") and "&lt;|im_end|&gt;" in html and " src=" not in html
+    here("show", page, "--rows", "0:1")
+    assert "<|im_end|>" in capsys.readouterr().out
+
+
+def test_check_prints_tables_for_people(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here("check", page)
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("rows read", "200", "kept: one", "supervised tokens", "8 steps"))
+
+
+def test_check_prints_only_json_for_programs(page: Path) -> None:
+    """Also while rows are prepared for the first time, with progress to tell of."""
+    done = program("check", page, "--json", "data.supervise=last")
+    assert json.loads(done.stdout)["train"]["rows"] == 200
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/sft/*/run_*.sh")), ids=lambda path: path.name)
+def test_remote_controls_press_the_right_button(script: Path, tmp_path: Path) -> None:
+    """`run_x.sh <nproc> <run directory> [key=value …]`, from any directory, quoting kept; without words, the usage."""
+    bench = tmp_path / "bin"
+    bench.mkdir()
+    (bench / "schoolhouse").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (bench / "schoolhouse").chmod(0o755)
+    path = f"{bench}:/usr/bin:/bin"
+    pressed = ["bash", str(script), "2", "my run", "a=1", "b={c: d}"]
+    done = subprocess.run(pressed, capture_output=True, text=True, cwd=tmp_path, env={"PATH": path}, check=True)
+    verb, page, *words = done.stdout.splitlines()
+    assert verb == "run" and Path(page).is_file()
+    options = cli.parse([verb, page, *words])
+    assert (options.nproc, options.overrides) == (2, ["directory=my run", "a=1", "b={c: d}"])
+    recipes.read(page)
+    bare = subprocess.run(["bash", str(script)], capture_output=True, text=True, env={"PATH": path}, check=False)
+    assert bare.returncode != 0 and "usage:" in bare.stderr
+
+
+def test_it_runs_where_paths_are_odd(tmp_path: Path) -> None:
+    """Blanks and letters beyond ASCII in every path, in a directory that is a link."""
+    real = tmp_path / "real"
+    place = write_recipe(real / "héllo wörld", LESSON.replace("steps: 8", "steps: 1").replace("every: 4", "every: 0"))
+    (tmp_path / "link").symlink_to(real)
+    page = tmp_path / "link" / "héllo wörld" / place.name
+    program("run", page.name, "directory=my rün", cwd=page.parent, env=plain_environment(tmp_path))
+    assert (real / "héllo wörld" / "my rün" / "report.html").is_file()
+
+
+def plain_environment(tmp_path: Path) -> dict[str, str]:
+    """Little more than a path: no home of the user's, and a locale without a single letter beyond ASCII."""
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS") if name in os.environ}
+    cache = os.environ["XDG_CACHE_HOME"]
+    return {**kept, "XDG_CACHE_HOME": cache, "HOME": str(tmp_path), "LC_ALL": "C", "HF_HUB_OFFLINE": "1"}
+
+
+def test_the_program_is_installed() -> None:
+    """The command of the README, not only `python -m`."""
+    assert shutil.which("schoolhouse"), "pip install must have made the command"
