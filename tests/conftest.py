@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# The gate draws the same examples every time; HYPOTHESIS_PROFILE=explore draws new ones, and so does --slow.
+settings.register_profile("gate", derandomize=True, deadline=None)
+settings.register_profile("explore", derandomize=False, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from schoolhouse.report import plots, words
@@ -56,6 +56,7 @@ def test_a_logarithmic_axis_has_powers_of_ten() -> None:
     assert axis.at(0.02) == pytest.approx(100) and axis.at(4) == pytest.approx(0)
 
 
+@example(999500021760.0)
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32))
 def test_a_compact_number_is_short_and_right_to_three_digits(value: float) -> None:
     text = plots.compact(value)

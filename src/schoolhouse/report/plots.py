@@ -90,7 +90,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 def compact(value: float) -> str:
     """A number in few characters: 12,345 is 12.3k, 0.00001 is 1e-5."""
-    size = abs(value)
+    size = float(f"{abs(value):.3g}")  # as it will be written: 999.6 million is 1G
     if size and (size < 1e-3 or size >= 1e12):
         return exponent(value)
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
