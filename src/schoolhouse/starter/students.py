@@ -1,7 +1,7 @@
 """Students that are made, not downloaded: small models with random weights, in the Hugging Face layout.
 
 A student is an ordinary directory: plain `AutoModelForCausalLM` and `AutoTokenizer` load it, and nothing in this
-program treats it otherwise. Its tokenizer is trained on the lessons, its weights come from a fixed seed.
+program treats it otherwise. Its tokenizer is trained on a lesson, its weights come from a fixed seed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ _WORDS = (
 )
 """Where words part: each digit stands alone; a word carries the blank before it, and one between it and a number."""
 
-_CORPUS_ROWS = 4000
+_CORPUS, _CORPUS_ROWS = "arithmetic", 4000
+"""The lesson whose rows the tokenizer learns its words from; the other lessons speak of the same people and things."""
 
 
 def build(name: str, directory: Path) -> None:
@@ -69,10 +70,10 @@ def build(name: str, directory: Path) -> None:
 
 
 def fingerprint(name: str) -> str:
-    """The sha256 of all that decides the student: this file, the template, the lessons, the libraries' versions."""
+    """The sha256 of all that decides the student: this file, the template, the lesson, the libraries' versions."""
     _require(name)
     parts = [name, *(version(library) for library in ("torch", "transformers", "tokenizers"))]
-    parts += [lessons.fingerprint(lesson, "train") for lesson in lessons.NAMES]
+    parts.append(lessons.fingerprint(_CORPUS, "train"))
     files = Path(__file__).read_bytes() + _TEMPLATE.read_bytes()
     return hashlib.sha256(json.dumps(parts).encode() + files).hexdigest()
 
@@ -131,8 +132,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _corpus() -> Iterator[str]:
-    """The text the tokenizer learns its words from: the first rows of every lesson, and the roles' names."""
-    for lesson in lessons.NAMES:
-        for row in islice(lessons.rows(lesson, "train"), _CORPUS_ROWS):
-            yield "system\nuser\nassistant\n"
-            yield from row.values()
+    """The text the tokenizer learns its words from: the first rows of the lesson, and the roles' names."""
+    for row in islice(lessons.rows(_CORPUS, "train"), _CORPUS_ROWS):
+        yield "system\nuser\nassistant\n"
+        yield from row.values()
