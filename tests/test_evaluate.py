@@ -22,7 +22,7 @@ from schoolhouse.data import prepare, served
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.data.tokens import Stops
-from schoolhouse.errors import DataError
+from schoolhouse.errors import DataError, TemplateError
 from schoolhouse.model import attention, families
 from schoolhouse.model.load import Student
 from schoolhouse.types import Conversation, Message, Origin, Part
@@ -252,7 +252,8 @@ def test_an_exam_is_graded_in_the_order_of_its_questions(model: Served) -> None:
     alone = evaluate.generate(one, model, [question.prompt_ids for question in asked], recipe.exam, seed=0)
     for sample, question, answer in zip(samples, asked, alone, strict=True):
         assert sample["question"] == [{"role": "user", "content": question.conversation.messages[0].text}]
-        assert (sample["reference"], sample["answer"]) == (question.reference, answer.text)
+        assert (sample["reference"], sample["answer"]) == (question.conversation.messages[1].text, answer.text)
+        assert (sample["conversation"], sample["turn"]) == (sample["index"], 1)
         assert sample["tokens"] == answer.tokens
         assert sample["extracted"] == "seen" and sample["stopped"] == answer.stopped
     assert json.loads(json.dumps(samples)) == samples
@@ -272,7 +273,7 @@ def test_questions_are_shown_as_training_shows_them(model: Served) -> None:
         example = model.encode(row, settings, origin, served.rules(recipe)).examples[0]
         first = int(example.weights.nonzero()[0][0])
         assert list(question.prompt_ids) == example.input_ids[: first + 1].tolist()
-        assert question.reference == row["answer"]
+        assert question.conversation.messages[question.graded[0]].text == row["answer"]
 
 
 def questions_of(path: Path, rows: list[dict[str, Any]], model: Served) -> list[evaluate.Question]:
@@ -283,7 +284,8 @@ def questions_of(path: Path, rows: list[dict[str, Any]], model: Served) -> list[
 def test_the_last_answer_of_a_conversation_is_the_reference(tmp_path: Path, model: Served) -> None:
     turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     asked = questions_of(tmp_path / "exam.jsonl", [{"messages": turns}], model)[0]
-    assert asked.reference == "d" and asked.prompt.count("b") == 1 and "d" not in asked.prompt.split("c")[1][:1]
+    assert asked.written == asked.graded == (3,)
+    assert asked.prompt.count("b") == 1 and "d" not in asked.prompt.split("c")[1][:1]
     shown = Conversation(tuple(Message(one["role"], (Part("text", one["content"]),)) for one in turns), Origin("x", 1))
     assert asked.prompt == model.prompt(shown, 3)
 
@@ -302,3 +304,104 @@ def test_a_row_that_is_no_question_is_named(tmp_path: Path, model: Served, row: 
 
 def test_no_exam_no_questions(model: Served) -> None:
     assert evaluate.questions(recipe_of(), model) == []
+
+
+# The exam that is played turn by turn.
+
+
+def talk(*weights: float | None) -> dict[str, Any]:
+    """A conversation of as many turns as there are weights of its answers."""
+    messages: list[dict[str, Any]] = []
+    for number, weight in enumerate(weights):
+        marked = {} if weight is None else {"weight": weight}
+        messages += [{"role": "user", "content": f"{number} apples"}, {"role": "assistant", "content": "yes", **marked}]
+    return {"messages": messages}
+
+
+def exam_of(path: Path, rows: list[dict[str, Any]], **settings: Any) -> Recipe:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return recipe_of(exam={"data": str(path), "turns": "every", "max_new_tokens": 5, **settings})
+
+
+def test_a_played_conversation_holds_the_students_own_answers(tmp_path: Path, model: Served) -> None:
+    """Against the plainest player: one conversation at a time, the whole history rendered and answered anew."""
+    rows = [talk(None, None, None), talk(None), talk(None, None), {"messages": talk(None, None)["messages"][1:]}]
+    recipe, one = exam_of(tmp_path / "exam.jsonl", rows, examples=3), student()
+    asked = evaluate.questions(recipe, model)
+    _, samples = evaluate.exam(one, model, asked, even_length, recipe.exam, seed=0)
+    wanted = []
+    for number, row in enumerate(rows):
+        history: list[Message] = []
+        for place, message in enumerate(row["messages"]):
+            if message["role"] == "assistant" and place:
+                prompt = model.prompt(Conversation(tuple(history), Origin("x", 1)), place)
+                ids = model.tokenize([prompt])
+                said = evaluate.generate(one, model, ids, recipe.exam, seed=0)[0].text
+                wanted.append((number, place, [(one.role, one.text) for one in history], said))
+                history.append(Message("assistant", (Part("text", said),)))
+            else:
+                history.append(Message(message["role"], (Part("text", message["content"]),)))
+    found = [
+        (one["conversation"], one["turn"], [(said["role"], said["content"]) for said in one["question"]], one["answer"])
+        for one in samples
+    ]
+    assert found == wanted and len(found) == 7
+    assert len({answer for *_, answer in found} | {"yes"}) > 2, "the student says its own words"
+
+
+def test_only_marked_answers_of_a_played_conversation_are_graded(tmp_path: Path, model: Served) -> None:
+    recipe = exam_of(tmp_path / "exam.jsonl", [talk(0, None, 0, 1.0), talk(1, 0)])
+    asked = evaluate.questions(recipe, model)
+    assert [(one.written, one.graded) for one in asked] == [((1, 3, 5, 7), (3, 7)), ((1, 3), (1,))]
+    score, samples = evaluate.exam(student(), model, asked, even_length, recipe.exam, seed=0)
+    assert [(one["conversation"], one["turn"], one["index"]) for one in samples] == [(0, 3, 0), (0, 7, 1), (1, 1, 2)]
+    assert score["count"] == 3 and json.loads(json.dumps(samples)) == samples
+
+
+def test_the_first_prompt_of_a_played_conversation_is_the_one_trained(tmp_path: Path, model: Served) -> None:
+    recipe = exam_of(tmp_path / "exam.jsonl", [talk(None, None)])
+    asked = evaluate.questions(recipe, model)[0]
+    row = model.encode(talk(None, None), recipe.data, Origin("x", 1), served.rules(recipe))
+    assert asked.prompt == row.turns[0].prompt and list(asked.prompt_ids) == model.tokenize([asked.prompt])[0]
+
+
+def test_a_turn_that_the_template_cannot_show_is_wrong_not_a_crash(tmp_path: Path, model: Served) -> None:
+    """After hours of training the last exam must not stop the run because of what the student wrote."""
+    class Picky:
+        template = model.template
+
+        def __getattr__(self, name: str) -> Any:
+            return {"tokenize": model.tokenize, "stops": model.stops, "tokenizer": model.tokenizer}[name]
+
+        def prompt(self, conversation: Conversation, place: int) -> str:
+            if any(one.role == "assistant" and one.text != "yes" for one in conversation.messages[:place]):
+                raise TemplateError("no", required="yes", where="x:1", remedy="none")
+            return model.prompt(conversation, place)
+
+    recipe = exam_of(tmp_path / "exam.jsonl", [talk(None, None, None)])
+    asked = evaluate.questions(recipe, Picky())
+    _, samples = evaluate.exam(student(), Picky(), asked, graders.exact, recipe.exam, seed=0)
+    assert [one["answer"] for one in samples[1:]] == ["", ""] and samples[0]["answer"]
+    assert not any(one["correct"] or one["stopped"] for one in samples[1:])
+
+
+@pytest.mark.parametrize("messages", [
+    talk(0, 0)["messages"],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+     {"role": "tool", "tool_call_id": "1", "content": "b"}, {"role": "assistant", "content": "c"}],
+], ids=["nothing graded", "tools"])
+def test_a_conversation_that_cannot_be_played_is_refused_by_name(
+    tmp_path: Path, model: Served, messages: list[dict[str, Any]]
+) -> None:
+    recipe = exam_of(tmp_path / "exam.jsonl", [talk(None), {"messages": messages}])
+    with pytest.raises(DataError, match=r"is graded|calls a tool") as caught:
+        evaluate.questions(recipe, model)
+    assert "exam.jsonl:2" in caught.value.where
+
+
+def test_drawn_answers_of_a_played_exam_are_the_same_again(tmp_path: Path, model: Served) -> None:
+    recipe, one = exam_of(tmp_path / "exam.jsonl", [talk(None, None)] * 3, temperature=1.0), student()
+    asked = evaluate.questions(recipe, model)
+    first, second, other = (evaluate.exam(one, model, asked, even_length, recipe.exam, seed)[1] for seed in (0, 0, 1))
+    assert first == second != other

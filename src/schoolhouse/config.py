@@ -155,7 +155,10 @@ class Exam(Section):
     """Answers written by the model and graded."""
 
     data: AnySource | None = None
-    """The questions; each last assistant message is the reference answer. Unset: no exam."""
+    """The conversations; their assistant messages are the reference answers. Unset: no exam."""
+    turns: Literal["last", "every"] = "last"
+    """`last`: only the last answer is written. `every`: the conversation is played turn by turn, with the student's own
+    answers as its history; answers that the data gives the weight 0 are written and not graded."""
     grader: str = "gsm8k"
     """`gsm8k` (the number after `####`), `exact`, `contains`, or your own `module:function(answer, reference)`."""
     every: NaturalInt = 0

@@ -1,8 +1,13 @@
-"""Looking at a student: the loss on held-out rows, and answers it writes and that are graded. No [S, V] logits."""
+"""Looking at a student: the loss on held-out rows, and answers it writes and that are graded. No [S, V] logits.
+
+An exam asks for the last answer of each conversation, or plays conversations turn by turn: then the student's own
+earlier answers stand in the history it is shown, as they do when it is served.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,24 +17,29 @@ import torch
 from transformers import GenerationConfig
 
 from schoolhouse.config import Exam, Recipe
-from schoolhouse.data import formats, loader, plan, prepare, sources
+from schoolhouse.data import formats, loader, plan, prepare, sources, turns
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
-from schoolhouse.errors import DataError
+from schoolhouse.errors import DataError, TemplateError
 from schoolhouse.graders import Grader
 from schoolhouse.model import attention, families
 from schoolhouse.model.load import Student
-from schoolhouse.types import Conversation
+from schoolhouse.types import Conversation, Message, Part
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question of an exam: what is shown, and the reference answer."""
+    """One conversation of an exam, with the answers that the student writes."""
 
     conversation: Conversation
+    """As the data has it: its own answers are the references."""
+    written: tuple[int, ...]
+    """Places of the messages that the student writes, in order; what it wrote is shown to it at the later ones."""
+    graded: tuple[int, ...]
+    """Those of them that are graded."""
     prompt: str
+    """What is shown before the first of them."""
     prompt_ids: tuple[int, ...]
-    reference: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +50,20 @@ class Answer:
     tokens: int
     stopped: bool
     """It ended in a stop token, and not at the limit."""
+
+
+UNANSWERED = Answer("", 0, stopped=False)
+"""A turn that was not reached, because the template cannot show the student's earlier answers."""
+
+
+@dataclass(slots=True)
+class Played:
+    """A conversation as far as it was played."""
+
+    conversation: Conversation
+    """With the student's answers in the place of the data's."""
+    answers: dict[int, Answer]
+    """By the place of their message."""
 
 
 @torch.no_grad()
@@ -61,7 +85,7 @@ def validation(student: Student, store: Store, batch_tokens: int) -> dict[str, A
 
 
 def questions(recipe: Recipe, served: Served) -> list[Question]:
-    """The recipe's exam: a conversation's last assistant message is the reference, what stands before it is shown."""
+    """The recipe's exam; raises DataError for a row that cannot be asked, before anything is trained."""
     source = recipe.exam.data
     if source is None:
         return []
@@ -71,40 +95,100 @@ def questions(recipe: Recipe, served: Served) -> list[Question]:
             raise row
         conversation = formats.to_conversation(row, settings, origin)
         if conversation is not None:
-            asked.append(_question(conversation, served))
+            asked.append(_question(conversation, served, recipe.exam))
+    if not asked:
+        raise DataError(
+            "the exam has no question", required="at least one row that becomes a conversation", where=source.path,
+            remedy="check the rows and the function that reads them",
+        )
     return asked
 
 
-def _question(conversation: Conversation, served: Served) -> Question:
-    last = _last_answer(conversation)
-    prompt = served.prompt(conversation, last)
-    return Question(conversation, prompt, tuple(served.tokenize([prompt])[0]), conversation.messages[last].text)
+def _question(conversation: Conversation, served: Served, settings: Exam) -> Question:
+    answers = [place for place, message in enumerate(conversation.messages) if message.role == "assistant"]
+    if settings.turns == "last":
+        written = graded = tuple(answers[-1:])
+    else:
+        written, graded = _every_turn(conversation, answers)
+    prompts = [served.prompt(conversation, place) for place in written]  # all, so that a template refuses here
+    return Question(conversation, written, graded, prompts[0], tuple(served.tokenize(prompts[:1])[0]))
 
 
-def _last_answer(conversation: Conversation) -> int:
-    return max(index for index, message in enumerate(conversation.messages) if message.role == "assistant")
+def _every_turn(conversation: Conversation, answers: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The answers that the student writes, which are all after the first question, and those that are graded."""
+    messages = conversation.messages
+    asked = min((place for place, message in enumerate(messages) if message.role == "user"), default=0)
+    written = tuple(place for place in answers if place > asked)
+    weighed = {place for place, _ in turns.taught(messages, "every")}
+    graded = tuple(place for place in written if place in weighed)
+    calling = next((place for place in written if messages[place].tool_calls), None)
+    if calling is not None or not graded:
+        raise DataError(
+            "no answer of this conversation is graded" if calling is None
+            else f"message {calling + 1} of this conversation calls a tool, and nobody would answer the student's",
+            required="answers in words, at least one of them with a weight above 0",
+            where=f"{conversation.origin} (exam.data)", remedy="leave the row out, or set exam.turns=last",
+        )
+    return written, graded
 
 
 def exam(
     student: Student, served: Served, asked: Sequence[Question], grade: Grader, settings: Exam, seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ask every question: the score with its counts, and a record of each answer in the order of the questions."""
+    """Ask every question: the score with its counts, and a record of each graded answer in the order of the rows."""
     started = time.perf_counter()
-    answers = generate(student, served, [question.prompt_ids for question in asked], settings, seed)
-    samples = []
-    for index, (question, answer) in enumerate(zip(asked, answers, strict=True)):
-        mark = grade(answer.text, question.reference)
-        samples.append({
-            "index": index, "question": _shown(question.conversation), "reference": question.reference,
-            "answer": answer.text, "extracted": mark.extracted, "correct": mark.correct,
-            "stopped": answer.stopped, "tokens": answer.tokens,
-        })
+    samples: list[dict[str, Any]] = []
+    for number, (question, played) in enumerate(zip(asked, play(student, served, asked, settings, seed), strict=True)):
+        for place in question.graded:
+            reference = question.conversation.messages[place].text
+            answer = played.answers.get(place, UNANSWERED)
+            mark = grade(answer.text, reference)
+            samples.append({
+                "index": len(samples), "conversation": number, "turn": place,
+                "question": _shown(played.conversation.messages[:place]), "reference": reference,
+                "answer": answer.text, "extracted": mark.extracted, "correct": mark.correct,
+                "stopped": answer.stopped, "tokens": answer.tokens,
+            })
     correct = sum(sample["correct"] for sample in samples)
     score = {
         "score": correct / len(samples), "correct": correct, "count": len(samples),
         "seconds": time.perf_counter() - started,
     }
     return score, samples
+
+
+def play(
+    student: Student, served: Served, asked: Sequence[Question], settings: Exam, seed: int
+) -> list[Played]:
+    """Let the student write its turns, one after another in each conversation and in all conversations together."""
+    played = [Played(question.conversation, {}) for question in asked]
+    for turn in range(max(len(question.written) for question in asked)):
+        going = [
+            (one, question.written[turn], prompt) for one, question in zip(played, asked, strict=True)
+            if (prompt := _prompt(served, one, question.written[turn : turn + 1])) is not None
+        ]
+        prompts = served.tokenize([prompt for _, _, prompt in going])
+        for (one, place, _), answer in zip(
+            going, generate(student, served, prompts, settings, seed + turn), strict=True
+        ):
+            one.conversation = _with_answer(one.conversation, place, answer)
+            one.answers[place] = answer
+    return played
+
+
+def _prompt(served: Served, played: Played, places: Sequence[int]) -> str | None:
+    """What is shown before the message at the place, if there is one and the template can show what was written."""
+    try:
+        return served.prompt(played.conversation, places[0]) if places else None
+    except TemplateError:  # the data's own history was rendered before training: it is the student's that fails
+        return None
+
+
+def _with_answer(conversation: Conversation, place: int, answer: Answer) -> Conversation:
+    """The conversation with the student's answer in the place of the data's."""
+    messages = list(conversation.messages)
+    messages[place] = Message("assistant", (Part("text", answer.text),))
+    return dataclasses.replace(conversation, messages=tuple(messages))
 
 
 @torch.no_grad()
@@ -147,10 +231,9 @@ def _answer(ids: list[int], served: Served) -> Answer:
     return Answer(served.tokenizer.decode(kept, skip_special_tokens=True), len(kept), end is not None)
 
 
-def _shown(conversation: Conversation) -> list[dict[str, str]]:
-    """The messages before the answer, for the record."""
-    shown = conversation.messages[: _last_answer(conversation)]
-    return [{"role": message.role, "content": message.text} for message in shown]
+def _shown(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """The messages before an answer, for the record."""
+    return [{"role": message.role, "content": message.text} for message in messages]
 
 
 @contextlib.contextmanager
