@@ -71,7 +71,7 @@ def test_values_of_settings_may_hold_anything(page: Path, capsys: pytest.Capture
 WITHOUT_EXAM = "model: starter/qwen3\ndata: starter/arithmetic\n"
 MISTAKES = {
     "there is no recipe": ("check {tmp}/none.yaml", 2), "unknown key": ("check {page} optim.learning_rat=1", 2),
-    "is no setting": ("check {page} learning_rate", 2), "--nproc 2": ("run {page} --nproc 2 directory={tmp}/run", 2),
+    "is no setting": ("check {page} learning_rate", 2), "laid out": ("run {page} --nproc 2 parallel.ulysses=3", 2),
     "--nproc 0": ("run {page} --nproc 0 directory={tmp}/run", 2), "there is no starter student": (
         "check {page} model=starter/qwne3", 2),
     "holds no model": ("check {page} model={tmp}", 2), "there is no starter lesson": (

@@ -23,7 +23,7 @@ from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.data.tokens import Stops
 from schoolhouse.errors import DataError, TemplateError
-from schoolhouse.model import attention, families
+from schoolhouse.model import attention
 from schoolhouse.model.load import Student
 from schoolhouse.types import Conversation, Message, Origin, Part
 
@@ -67,7 +67,7 @@ def student(family: str = "qwen3", **changes: Any) -> Student:
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
-    return Student(made, families.head(made))
+    return Student(made)
 
 
 def prompts(number: int, seed: int = 0) -> list[list[int]]:

@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers")
 
 LAYERS = (
     ("errors", "types", "config", "recipe", "places", "starter"),
-    ("data",),
+    ("data", "parallel"),
     ("loss", "model", "optim", "graders", "memory", "stopping"),
     ("checkpoint", "evaluate", "record", "screen", "overview", "export", "report"),
     ("run", "trained", "talk", "train"),

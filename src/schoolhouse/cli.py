@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from schoolhouse import __version__
-from schoolhouse.errors import SchoolhouseError, Stopped
+from schoolhouse.errors import PeerError, SchoolhouseError, Stopped
+from schoolhouse.parallel import launch
 
 ENVIRONMENT = {
     # progress bars and advice of libraries do not belong in our output
@@ -31,11 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         commands.COMMANDS[options.command](options)
-    except (SchoolhouseError, Stopped) as error:
+    except SchoolhouseError as error:
+        launch.report(error, error.exit_code)
         if options.debug:
             raise
-        print(f"{'error: ' if isinstance(error, SchoolhouseError) else ''}{error}", file=sys.stderr)
+        if not launch.is_worker(os.environ):
+            print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, PeerError):
+            launch.let_the_cause_be_seen()
         sys.exit(error.exit_code)
+    except Stopped as stopped:
+        if not launch.is_worker(os.environ) or os.environ["RANK"] == "0":
+            print(stopped, file=sys.stderr)
+        sys.exit(launch.note_stopped())
     except KeyboardInterrupt:
         print("stopped; nothing was lost", file=sys.stderr)
         sys.exit(Stopped.exit_code)
@@ -50,6 +59,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         grammar.error(f"unknown argument: {unknown[0]}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    options.words = list(sys.argv[1:] if arguments is None else arguments)
     return options
 
 

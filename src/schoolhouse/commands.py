@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import sys
 from argparse import Namespace
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from schoolhouse import recipe as recipes
 from schoolhouse.config import Recipe
 from schoolhouse.errors import ConfigError, SchoolhouseError, Stopped
+from schoolhouse.parallel import launch, place
 from schoolhouse.stopping import StopRequest
 
 if TYPE_CHECKING:
     from schoolhouse.data.served import Serving
+    from schoolhouse.parallel.mesh import Mesh
 
 EXAMPLES = Path("examples/sft")
 
@@ -26,18 +29,29 @@ def run(options: Namespace) -> None:
     """Train, and write the report at the end, whichever end it is."""
     stop = StopRequest()
     recipe = recipes.read(options.recipe, options.overrides)
+    here = place.place(os.environ)
     if options.nproc != 1:
-        raise ConfigError(
-            f"--nproc {options.nproc}: this version trains with one process", required="--nproc 1",
-            where="command line", remedy="use 1; batch.tokens bounds the memory of a micro-batch",
-        )
+        sys.exit(_launch(options, recipe, here))
+    place.degrees(recipe.parallel, here.world)
+    launch.attend()
+    from schoolhouse.model import load
+    from schoolhouse.parallel import mesh as meshes
+    from schoolhouse.parallel import watch
+
+    mesh = meshes.connect(recipe.parallel, load.device(recipe.device, here.local))
+    with watch.losses(mesh):
+        _train(recipe, Path(options.recipe), stop, mesh)
+    meshes.leave(mesh)
+
+
+def _train(recipe: Recipe, path: Path, stop: StopRequest, mesh: Mesh) -> None:
     from schoolhouse import run as runs
     from schoolhouse.report import page
     from schoolhouse.screen import Screen
     from schoolhouse.train import train
 
-    screen = Screen()
-    running = runs.begin(recipe, Path(options.recipe), screen)
+    screen = Screen.of(mesh.is_first)
+    running = runs.begin(recipe, path, screen, mesh)
     status = "failed"
     try:
         train(running, stop)
@@ -46,11 +60,24 @@ def run(options: Namespace) -> None:
         status = "stopped"
         raise
     finally:
-        if running.record.directory.is_dir():  # gone: the error on its way says so
+        if mesh.is_first and running.record.directory.is_dir():  # gone: the error on its way says so
             with contextlib.suppress(*([] if status == "done" else [OSError, SchoolhouseError])):
                 running.finish(status)
                 page.write(running.record.directory)
     screen.say(f"done: {running.steps} steps; report: {running.record.directory / 'report.html'}")
+
+
+def _launch(options: Namespace, recipe: Recipe, here: place.Place) -> int:
+    """Start the processes of this machine, each with the same command; their exit code."""
+    if options.nproc < 1 or here.world > 1:
+        raise ConfigError(
+            f"--nproc {options.nproc} where the environment names {here.world} process(es)",
+            required="at least 1, and only where no other launcher has started the processes", where="command line",
+            remedy="leave --nproc out under torchrun and srun",
+        )
+    machines = os.environ.get("PET_NNODES", "1")
+    place.degrees(recipe.parallel, options.nproc * int(machines.split(":")[0]))
+    return launch.launch(options.nproc, recipe.parallel.max_restarts, [*options.words, "--nproc", "1"])
 
 
 def check(options: Namespace) -> None:

@@ -109,7 +109,8 @@ class Batch(Section):
     examples: PositiveInt = 64
     """Examples in one optimizer step, over all processes."""
     tokens: PositiveInt = 8192
-    """The most tokens in one micro-batch of one process: a hard limit on memory, without influence on the result."""
+    """The most tokens in one micro-batch: a hard limit on memory, without influence on the result.
+    `parallel.ulysses` processes share one."""
 
 
 class Train(Section):
@@ -182,6 +183,23 @@ class Checkpoint(Section):
     """Checkpoints kept beside the best one."""
 
 
+class Parallel(Section):
+    """How processes share the work; the result is the same for every layout. `run --nproc N` starts N processes."""
+
+    replicate: PositiveInt = 1
+    """Groups of processes that hold the whole model each."""
+    shard: Literal[-1] | PositiveInt = -1
+    """Processes that hold a part of every weight and take micro-batches of their own (FSDP2). -1: all that remain."""
+    ulysses: PositiveInt = 1
+    """Processes that share one micro-batch, each with a part of its tokens; divides the model's attention heads."""
+    offload: Switch = False
+    """Keep weights, gradients and moments in host memory; the accelerator holds only the block at work."""
+    hang_timeout: PositiveFloat = 1800.0
+    """Seconds without a finished step after which the run is taken to hang: stacks are written, exit code 7."""
+    max_restarts: NaturalInt = 0
+    """Times that `run --nproc` starts all processes again after one died; they continue from the last checkpoint."""
+
+
 class Recipe(Section):
     """One page that says who is taught what, and how."""
 
@@ -200,6 +218,7 @@ class Recipe(Section):
     validation: Validation = Validation()
     exam: Exam = Exam()
     checkpoint: Checkpoint = Checkpoint()
+    parallel: Parallel = Parallel()
 
     @model_validator(mode="after")
     def _whole(self) -> Recipe:

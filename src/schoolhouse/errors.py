@@ -55,6 +55,16 @@ class NonFiniteError(SchoolhouseError):
     exit_code = 4
 
 
+class MeshError(ConfigError):
+    """The processes cannot be laid out as the recipe asks, or the layout cannot work for this model."""
+
+
+class PeerError(SchoolhouseError):
+    """Another process of the run died or hangs."""
+
+    exit_code = 7
+
+
 class CheckpointError(SchoolhouseError):
     """A checkpoint, an export or the storage below them is damaged, incomplete or full."""
 

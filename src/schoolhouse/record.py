@@ -19,10 +19,16 @@ METRICS, SAMPLES, EVENTS, EXAMPLES = "metrics.jsonl", "samples.jsonl", "events.j
 
 
 class Record:
-    """Writes a run's records; one process at a time, by a lock that a kill frees."""
+    """Writes a run's records; one run at a time, by a lock that a kill frees, and only in its first process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, writes: bool = True) -> None:
         self.directory = directory
+        self._writes = writes
+        if writes:
+            self._take()
+
+    def _take(self) -> None:
+        directory = self.directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(directory / ".lock")
@@ -37,8 +43,9 @@ class Record:
             raise _unwritable(directory, error) from None
 
     def close(self) -> None:
-        """Free the directory for another process."""
-        self._lock.release()
+        """Free the directory for another run."""
+        if self._writes:
+            self._lock.release()
 
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; empty where there is none yet."""
@@ -51,6 +58,8 @@ class Record:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file whole or not at all."""
+        if not self._writes:
+            return
         staging = self.directory / f".tmp-{name}"
         try:
             staging.write_text(text, encoding="utf-8")
@@ -60,6 +69,8 @@ class Record:
 
     def append(self, name: str, *values: Mapping[str, Any]) -> None:
         """Append one line of JSON for each value."""
+        if not self._writes:
+            return
         lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
         try:
             with (self.directory / name).open("a", encoding="utf-8") as file:

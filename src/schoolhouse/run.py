@@ -30,12 +30,13 @@ from schoolhouse.errors import ConfigError
 from schoolhouse.model import load
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
+from schoolhouse.parallel.mesh import Mesh
 from schoolhouse.record import METRICS, SAMPLES, Record
 from schoolhouse.screen import Screen
 
 SHOWN_ROWS = 4
 """Training rows whose tokens the report shows."""
-HARMLESS = ("directory", "checkpoint.", "validation.", "device", "data.workers", "data.cache")
+HARMLESS = ("directory", "checkpoint.", "validation.", "device", "data.workers", "data.cache", "parallel.")
 """Settings that may change between a stop and its continuation: they decide nothing about the weights."""
 
 
@@ -116,10 +117,10 @@ class Run:
         self.record.event(status, step=self.done)
 
 
-def begin(recipe: Recipe, path: Path, screen: Screen) -> Run:
+def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh) -> Run:
     """Make everything the recipe names, and go back to the newest checkpoint where there is one."""
-    record = Record(recipes.directory(recipe, path))
-    previous = record.read("run.json")
+    record = Record(recipes.directory(recipe, path), writes=mesh.is_first)
+    previous = mesh.share(record.read("run.json"))
     _refuse_another_recipe(recipe, previous, record.directory)
     directory = places.model_directory(recipe.model.path, recipe.model.revision)
     today = datetime.date.fromisoformat(previous["date"]) if previous else datetime.date.today()
@@ -130,10 +131,10 @@ def begin(recipe: Recipe, path: Path, screen: Screen) -> Run:
         validation = prepare.prepare(recipe.data, held_out, serving, rules, progress) if held_out else None
     model = served.load(serving)
     torch.manual_seed(recipe.seed)
-    student = load.load(directory, recipe.model, load.device(recipe.device))
+    student = load.load(directory, recipe.model, load.device(recipe.device, mesh.place.local), mesh)
     difference = load.prove(student)
     optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision)
-    plan = plans.plan(store, recipe)
+    plan = plans.plan(store, recipe, _packs_at_once(previous, mesh))
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
     run = Run(
         recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
@@ -145,6 +146,15 @@ def begin(recipe: Recipe, path: Path, screen: Screen) -> Run:
     _describe(run, recipe, rules)
     _resume(run, found)
     return run
+
+
+def _packs_at_once(previous: dict[str, Any], mesh: Mesh) -> int:
+    """The data ranks with which the run began, where its packs can be shared out evenly among those of today.
+
+    Packs decide which random numbers meet which example: while they stay, dropout does too.
+    """
+    began = previous.get("derived", {}).get("packs_at_once", mesh.data_ranks)
+    return began if began % mesh.data_ranks == 0 else mesh.data_ranks
 
 
 def _newest(run: Run) -> Checkpoint | None:
@@ -195,7 +205,8 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
     derived = {
         "steps_total": run.steps, "steps_per_epoch": plan.steps_per_epoch,
         "warmup_steps": optim.warmup_steps(recipe.optim, run.steps), "parameters": parameters, "trainable": trainable,
-        "longest_example": int(run.store.lengths.max()), "exam_questions": len(run.questions),
+        "packs_at_once": plan.ranks, "longest_example": int(run.store.lengths.max()),
+        "exam_questions": len(run.questions),
     }
     in_force = {
         "student": f"{type(model).__name__}, {parameters / 1e6:,.2f} M parameters, "
@@ -209,6 +220,7 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
         f"{run.store.ledger.stopped_turns:,} of {run.store.ledger.turns:,} turns",
         "steps": f"{run.steps:,} of {recipe.batch.examples} examples, {plan.steps_per_epoch:,} an epoch",
         "device": str(run.student.device),
+        "layout": f"{run.student.mesh.world} process(es): {run.student.mesh.degrees}",
         "directory": str(run.record.directory),
     }
     return {

@@ -20,6 +20,11 @@ class Screen:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
 
+    @classmethod
+    def of(cls, first: bool) -> Screen:
+        """The screen of the first process; the others' shows nothing."""
+        return cls() if first else cls(Console(quiet=True, force_terminal=False))
+
     def say(self, text: str) -> None:
         """One line, as it stands."""
         self.console.print(text, markup=False)

@@ -3,7 +3,8 @@
     gradient = sum over targets of weight x d(-log p(target)) / N        N = sum of weights of the whole step
 
 N is known from the plan before the first forward: packs, micro-batches and processes decide only where a term of the
-sum is computed, never how much it counts. The loop below is the whole of it:
+sum is computed, never how much it counts; gradients of processes are added, never averaged. The loop below is the whole
+of it, and every process runs it:
 
     rows --prepare--> Store --plan--> PlannedStep --loader--> Step of MicroBatches
     MicroBatch --student.loss--> LossSum --/ N, backward--> gradient --optimizer--> new weights
@@ -26,6 +27,7 @@ from schoolhouse import memory, optim
 from schoolhouse.data import loader
 from schoolhouse.errors import NonFiniteError, Stopped
 from schoolhouse.model.load import Student
+from schoolhouse.parallel import fsdp, watch
 from schoolhouse.run import Run
 from schoolhouse.stopping import StopRequest
 from schoolhouse.types import Step
@@ -36,8 +38,12 @@ def train(run: Run, stop: StopRequest) -> None:
     if run.done == 0:
         run.look(0)
     ticks = time.perf_counter()
-    with stop.deferred(), run.screen.steps(run.steps, run.done) as progress:
-        for step in loader.steps(run.store, run.plan, run.done + 1, run.steps, run.student.device):
+    mesh = run.student.mesh
+    stacks, patience = run.record.directory / "stacks", run.recipe.parallel.hang_timeout
+    with stop.deferred(), watch.watching(mesh, patience, stacks), run.screen.steps(run.steps, run.done) as progress:
+        for step in loader.steps(
+            run.store, run.plan, run.done + 1, run.steps, run.student.device, rank=mesh.data_rank, ranks=mesh.data_ranks
+        ):
             loaded = time.perf_counter()
             nll, correct = compute_gradient(run.student, step, run.recipe.seed)
             norm = float(run.optimizer.clip())
@@ -49,38 +55,40 @@ def train(run: Run, stop: StopRequest) -> None:
             run.note_step(record)
             progress.show(record)
             run.look(step.index)
-            if run.save_is_due(step.index, asked=stop.asked):
+            asked = mesh.any(stop.asked)  # one process's word for all: they stop after the same step
+            if run.save_is_due(step.index, asked=asked):
                 run.save(step.index)
-            if stop.asked and step.index < run.steps:
+            if asked and step.index < run.steps:
                 raise Stopped(f"stopped after step {step.index} of {run.steps}; the same command continues")
             ticks = time.perf_counter()
 
 
 def compute_gradient(student: Student, step: Step, seed: int) -> tuple[float, int]:
-    """Accumulate the gradient of a whole step; its loss (nats per unit of weight) and correct targets.
+    """Accumulate the gradient of a whole step; its loss (nats per unit of weight) and correct targets, over all ranks.
 
     What the plan promised must be what met the vocabulary: a token lost or counted twice on the way stops the run.
     """
-    nll = torch.zeros((), dtype=torch.float64, device=student.device)
-    correct = torch.zeros((), dtype=torch.int64, device=student.device)
-    delivered, weight = 0, torch.zeros((), dtype=torch.float64, device=student.device)
+    mesh = student.mesh
+    sums = torch.zeros(4, dtype=torch.float64, device=student.device)
     for micro in step.micro_batches:
-        torch.manual_seed(_key(seed, step.index, micro.pack))
+        torch.manual_seed(_key(seed, step.index, micro.pack, mesh.ulysses_rank))
+        fsdp.expect(student, last=micro is step.micro_batches[-1])
         loss = student.loss(micro)
         (loss.nll / step.supervised).backward()
-        nll += loss.nll.detach()
-        correct += loss.correct
-        weight += loss.supervised
-        delivered += loss.tokens
+        sums += torch.stack([loss.nll.detach(), loss.correct, loss.supervised, torch.full_like(sums[0], loss.tokens)])
+    nll, correct, weight, delivered = mesh.sum(sums).tolist()
     promised = step.planned.supervised_tokens
-    assert delivered == promised, f"step {step.index}: {promised} targets were promised, {delivered} met the loss"
-    assert math.isclose(float(weight), step.supervised, rel_tol=1e-9), f"step {step.index}: weight {float(weight)}"
-    return float(nll) / step.supervised, int(correct)
+    assert delivered == promised, f"step {step.index}: {promised} targets were promised, {delivered:.0f} met the loss"
+    assert math.isclose(weight, step.supervised, rel_tol=1e-9), f"step {step.index}: weight {weight}"
+    return nll / step.supervised, int(correct)
 
 
-def _key(seed: int, step: int, pack: tuple[int, ...]) -> int:
-    """A random seed of its own for every pack of every step, whichever process computes it."""
-    words = np.random.SeedSequence([seed, step, *pack]).generate_state(1, np.uint64)
+def _key(seed: int, step: int, pack: tuple[int, ...], part: int) -> int:
+    """A random seed of its own for every pack of every step, whichever process computes it.
+
+    Processes that share a pack draw for their own `part` of it: tokens, or heads inside attention.
+    """
+    words = np.random.SeedSequence([seed, step, *pack], spawn_key=(part,)).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))
 
 

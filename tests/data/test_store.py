@@ -93,7 +93,7 @@ def test_the_ranks_of_a_step_share_its_packs(tmp_path: Path) -> None:
     examples = [a_row(int(length), number, generator) for number, length in enumerate(generator.integers(2, 20, 40), 1)]
     kept = write(tmp_path, [examples])
     plan = Plan(kept.lengths, kept.supervised, kept.supervised_tokens, 16, 64, seed=3, ranks=2)
-    ranks = [list(loader.steps(kept, plan, 1, 3, torch.device("cpu"), rank=rank)) for rank in range(2)]
+    ranks = [list(loader.steps(kept, plan, 1, 3, torch.device("cpu"), rank=rank, ranks=2)) for rank in range(2)]
     for one, other in zip(*ranks, strict=True):
         assert len(one.micro_batches) == len(other.micro_batches)
         packs = [micro.pack for step in (one, other) for micro in step.micro_batches]

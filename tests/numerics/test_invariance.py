@@ -15,7 +15,7 @@ from true_float64 import TrueFloat64
 
 from schoolhouse import train
 from schoolhouse.data import loader, plan, store
-from schoolhouse.model import attention, families, load
+from schoolhouse.model import attention, load
 from schoolhouse.model.load import Student
 from schoolhouse.types import UNSUPERVISED, Example, Ledger, Origin, PlannedStep, Step
 
@@ -40,7 +40,7 @@ def student(family: str = "qwen3", tied: bool = True, **changes: object) -> Stud
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return Student(model, families.head(model))
+    return Student(model)
 
 
 def example(length: int, generator: np.random.Generator, kind: str) -> Example:

@@ -14,12 +14,13 @@ from schoolhouse.types import MicroBatch, Step
 
 
 def steps(
-    store: Store, plan: Plan, first: int, last: int, device: torch.device, *, rank: int = 0
+    store: Store, plan: Plan, first: int, last: int, device: torch.device, *, rank: int = 0, ranks: int = 1
 ) -> Iterator[Step]:
-    """Steps `first` to `last` (both included) as data rank `rank` executes them."""
+    """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them."""
+    assert plan.ranks % ranks == 0, "every rank computes equally many packs"
     for index in range(first, last + 1):
         planned = plan.step(index)
-        mine = planned.packs[rank :: plan.ranks]
+        mine = planned.packs[rank::ranks]
         yield Step(planned, [micro_batch(store, pack, device) for pack in mine])
 
 

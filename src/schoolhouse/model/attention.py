@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AttentionInterface
+
+from schoolhouse.parallel import ulysses
 
 NAME = "schoolhouse"
 PADDING = 0.2
@@ -32,6 +35,8 @@ class Layout:
     """i64[S]: the place among the groups of each token of the sequence."""
     padding: torch.Tensor
     """i64[P - S]: the places among the groups that are padding."""
+    peers: dist.ProcessGroup | None = None
+    """The processes that hold the other parts of the sequence; None where it is whole here."""
 
 
 def register() -> None:
@@ -39,8 +44,8 @@ def register() -> None:
     AttentionInterface.register(NAME, packed_attention)
 
 
-def layout(boundaries: Sequence[int], device: torch.device) -> Layout:
-    """Group the examples between `boundaries` (E + 1 offsets) by length."""
+def layout(boundaries: Sequence[int], device: torch.device, peers: dist.ProcessGroup | None = None) -> Layout:
+    """Group the examples between `boundaries` (E + 1 offsets of the whole sequence) by length."""
     groups: list[list[tuple[int, int]]] = []
     for start, end in sorted(itertools.pairwise(boundaries), key=lambda span: span[0] - span[1]):
         if groups and end - start >= (1 - PADDING) * (groups[-1][0][1] - groups[-1][0][0]):
@@ -57,7 +62,7 @@ def layout(boundaries: Sequence[int], device: torch.device) -> Layout:
     back = torch.empty(boundaries[-1], dtype=torch.int64)
     back[there[real]] = real.nonzero().flatten()
     shapes = tuple((len(members), members[0][1] - members[0][0]) for members in groups)
-    return Layout(shapes, there.to(device), back.to(device), (~real).nonzero().flatten().to(device))
+    return Layout(shapes, there.to(device), back.to(device), (~real).nonzero().flatten().to(device), peers)
 
 
 def packed_attention(
@@ -81,8 +86,22 @@ def packed_attention(
     holds a sink for each head (GPT-OSS). Grouped heads are those of `query` in runs of H / H'.
     """
     assert attention_mask is None and query.shape[0] == 1, "packed attention takes one sequence and its layout"
-    heads_last = (states[0].transpose(0, 1) for states in (query, key, value))
-    parts = [_ToGroups.apply(states, layout).split([e * t for e, t in layout.groups]) for states in heads_last]
+    states = [one[0].transpose(0, 1) for one in (query, key, value)]
+    if layout.peers is not None:
+        states = ulysses.to_heads(*states, layout.peers)
+        s_aux = None if s_aux is None else ulysses.own_heads(s_aux, layout.peers)
+    attended = _attend(*states, layout, scaling, dropout, sliding_window, softcap, s_aux)
+    if layout.peers is not None:
+        attended = ulysses.to_sequence(attended, layout.peers)
+    return attended.unsqueeze(0), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None,
+    dropout: float, sliding_window: int | None, softcap: float | None, s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of the whole sequence: query [S, H, K], key and value [S, H', K'] to [S, H, K']."""
+    parts = [_ToGroups.apply(one, layout).split([e * t for e, t in layout.groups]) for one in (query, key, value)]
     outputs = []
     for (examples, length), *group in zip(layout.groups, *parts, strict=True):
         queries, keys, values = (states.unflatten(0, (examples, length)).transpose(1, 2) for states in group)
@@ -95,7 +114,7 @@ def packed_attention(
         else:
             attended = _explicit(queries, keys, values, mask, scaling, dropout, softcap, s_aux)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    return _FromGroups.apply(torch.cat(outputs), layout).unsqueeze(0), None
+    return _FromGroups.apply(torch.cat(outputs), layout)
 
 
 class _ToGroups(torch.autograd.Function):

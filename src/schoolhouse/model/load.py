@@ -3,46 +3,64 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from schoolhouse import loss
 from schoolhouse.config import Model
-from schoolhouse.errors import ConfigError, ModelError
+from schoolhouse.errors import ConfigError, MeshError, ModelError
 from schoolhouse.loss import Head
 from schoolhouse.model import attention, families
+from schoolhouse.parallel import ulysses
+from schoolhouse.parallel.mesh import ALONE, Mesh
 from schoolhouse.types import LossSum, MicroBatch
 
 
-@dataclass(frozen=True, slots=True)
-class Student:
-    """A causal language model with its way to the loss."""
+class Student(nn.Module):
+    """A causal language model with its way to the loss, on its place in the mesh.
 
-    model: PreTrainedModel
-    head: Head
+    It is a module so that all its weights, those of the head too, are whole while its `forward` runs.
+    """
+
+    def __init__(self, model: PreTrainedModel, mesh: Mesh = ALONE) -> None:
+        super().__init__()
+        self.model = model
+        self.mesh = mesh
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
 
+    @property
+    def head(self) -> Head:
+        """The model's way from hidden states to logits, with the weights as they stand now."""
+        return families.head(self.model)
+
     def loss(self, micro: MicroBatch) -> LossSum:
-        """Forward one micro-batch [1, S] to the sums of its loss; only supervised positions meet the vocabulary."""
+        """The loss of this process's part of a micro-batch [1, S]; only supervised positions meet the vocabulary."""
+        part = ulysses.split(micro, self.mesh)
+        nll, correct, supervised = self(part)
+        return LossSum(nll, correct, supervised, len(part.targets))
+
+    def forward(self, part: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Negative log-likelihood, correct targets and supervised weight of this process's part [1, S / U]."""
         hidden = self.model.base_model(
-            input_ids=micro.input_ids,
+            input_ids=part.input_ids,
             attention_mask=None,
-            position_ids=micro.positions,
+            position_ids=part.positions,
             use_cache=False,
-            layout=attention.layout(micro.boundaries, micro.input_ids.device),
+            layout=attention.layout(part.boundaries, part.input_ids.device, self.mesh.ulysses_group),
         ).last_hidden_state
-        return loss.linear_cross_entropy(hidden, self.head, micro.labels, micro.weights, micro.targets)
+        found = loss.linear_cross_entropy(hidden, self.head, part.labels, part.weights, part.targets)
+        return found.nll, found.correct, found.supervised
 
 
-def device(setting: str) -> torch.device:
-    """The torch device of the recipe; `auto` is the accelerator where there is one."""
+def device(setting: str, local: int = 0) -> torch.device:
+    """The torch device of the recipe for process `local` of a machine; `auto` is the accelerator where there is one."""
     if setting != "auto":
         try:
             place = torch.device(setting)
@@ -53,10 +71,11 @@ def device(setting: str) -> torch.device:
                 f"the device {setting!r} is not there: {str(error).splitlines()[0]:.120}",
                 required="auto, cpu, or an accelerator of this machine", where="device", remedy="set device=auto",
             ) from None
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if kind is None else torch.device(kind.type, local % torch.accelerator.device_count())
 
 
-def load(directory: Path, settings: Model, place: torch.device) -> Student:
+def load(directory: Path, settings: Model, place: torch.device, mesh: Mesh = ALONE) -> Student:
     """The model of a directory in float32 on `place`, ready to train; raises ModelError where it cannot be exact."""
     attention.register()
     try:
@@ -70,10 +89,15 @@ def load(directory: Path, settings: Model, place: torch.device) -> Student:
             required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
             where=str(directory), remedy="check config.json and the weights; models with code of their own are refused",
         ) from None
+    if mesh.world > 1:
+        raise MeshError(
+            f"{mesh.world} processes: weights cannot be cut yet", required="one process", where="--nproc",
+            remedy="use one process",
+        )
     model.to(place).train()
     if settings.activation_checkpointing:
         checkpoint_activations(model)
-    return Student(model, families.head(model))
+    return Student(model, mesh)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -1,0 +1,128 @@
+"""Starting the processes of a run on this machine by torchrun's elastic agent, and saying why they ended.
+
+The agent starts, watches, restarts and ends the workers; each worker is the same command with the agent's environment.
+What is added here: a stop asked of the launcher reaches every worker, the cause of a failure is told apart from its
+consequences and said last, and its exit code becomes the command's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from schoolhouse.errors import PeerError, Stopped
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+OFFICE = "SCHOOLHOUSE_OFFICE"
+"""The variable that names the directory in which a launcher and its workers leave word for one another."""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""The agent's variable: where a worker writes why it failed."""
+STOP, STOPPED = "stop", "stopped"
+SHUTDOWN_SECONDS = 4
+"""How long workers may take to end after one failed, before they are killed."""
+GRACE_SECONDS = 3.0
+"""How long a worker that lost a peer waits before it ends, so that the peer's own failure is seen first."""
+CONSEQUENCES = (-signal.SIGTERM, PeerError.exit_code)
+"""Exit codes of workers that ended because another had failed."""
+
+
+def launch(processes: int, restarts: int, words: Sequence[str]) -> int:
+    """Run `words` in `processes` workers; the exit code of the whole. Several machines: `PET_…`, as for torchrun."""
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the agent's own account of a failure; ours follows
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_SECONDS)
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="schoolhouse-") as office:
+        os.environ[OFFICE] = office
+        alone = [] if "PET_RDZV_ENDPOINT" in os.environ or "PET_MASTER_ADDR" in os.environ else ["--standalone"]
+        options = torchrun.get_args_parser().parse_args([
+            *alone, f"--nproc-per-node={processes}", f"--max-restarts={restarts}", f"--log-dir={office}",
+            "--signals-to-handle=SIGHUP,SIGQUIT", "-m", "schoolhouse", *words,
+        ])
+        config, command, arguments = torchrun.config_from_args(options)
+        _forward_signals(Path(office))
+        try:
+            elastic_launch(config, command)(*arguments)
+        except ChildFailedError as failed:
+            return _explain(failed.failures)
+        return Stopped.exit_code if (Path(office) / STOPPED).exists() else 0
+
+
+def _forward_signals(office: Path) -> None:
+    """SIGTERM and ctrl-C go to every worker, and are found by those that have not begun yet."""
+
+    def forward(number: int, _: object) -> None:
+        (office / STOP).touch()
+        for path in office.glob("worker-*"):
+            os.kill(int(path.read_text(encoding="utf-8")), number)
+
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, forward)
+
+
+def attend() -> None:
+    """Called by a worker when it can be stopped: tell the launcher; raises Stopped if that was asked already."""
+    office = os.environ.get(OFFICE)
+    if office is not None and "RANK" in os.environ:
+        path = Path(office) / f"worker-{os.environ['LOCAL_RANK']}"
+        path.write_text(str(os.getpid()), encoding="utf-8")
+        if (path.parent / STOP).exists():
+            raise Stopped("stopped before it began")
+
+
+def is_worker(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher of ours will say why this process ended."""
+    return OFFICE in environment and ERROR_FILE in environment
+
+
+def report(error: BaseException, exit_code: int) -> None:
+    """Leave word of why this worker fails, in the agent's format, so that `torchrun` can print it as well."""
+    if ERROR_FILE in os.environ:
+        shown = "".join(traceback.format_exception_only(error)).strip() if exit_code == 1 else str(error)
+        extra = {"timestamp": int(time.time()), "exit_code": exit_code, "py_callstack": traceback.format_exc()}
+        text = json.dumps({"message": {"message": shown, "extraInfo": extra}})
+        Path(os.environ[ERROR_FILE]).write_text(text, encoding="utf-8")
+
+
+def note_stopped() -> int:
+    """The exit code of a stopped worker: 0 where a launcher is told of it, so that it does not start it again."""
+    if not is_worker(os.environ):
+        return Stopped.exit_code
+    (Path(os.environ[OFFICE]) / STOPPED).touch()
+    return 0
+
+
+def let_the_cause_be_seen() -> None:
+    """Wait a moment before ending as a consequence; the agent's signal ends the wait."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(GRACE_SECONDS)
+
+
+def _explain(failures: Mapping[int, ProcessFailure]) -> int:
+    """Say which worker failed first and why, as the last thing on the screen; its exit code."""
+    rank, cause = min(failures.items(), key=lambda pair: (pair[1].exitcode in CONSEQUENCES, pair[1].timestamp, pair[0]))
+    if cause.exitcode < 0:
+        error = PeerError(
+            f"rank {rank} died: {cause.signal_name()}", required="every process alive to the end",
+            where=f"process {cause.pid}, rank {rank}",
+            remedy="run the same command again, it continues from the last checkpoint; "
+            "SIGKILL is often the system's answer to exhausted memory",
+        )
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    message = cause.message["message"] if isinstance(cause.message, dict) else f"exit code {cause.exitcode}"
+    print(f"error: {message}\n  rank:     {rank}", file=sys.stderr, flush=True)
+    return cause.exitcode

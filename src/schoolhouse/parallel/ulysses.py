@@ -1,0 +1,113 @@
+"""Ulysses: one micro-batch over several processes, each with a part of its tokens.
+
+Jacobs et al., 2023, arXiv:2309.14509.
+
+Everything but attention treats each token by itself. Before attention an all-to-all gives every process the whole
+sequence for a part of the heads, and after it another one gives every process its tokens back, with all heads:
+
+    [S / U, H, K]  --to_heads-->  [S, H / U, K]  --attention-->  [S, H / U, K']  --to_sequence-->  [S / U, H, K']
+
+A layer sends, per process and forward pass, (U - 1) / U of S / U x (H K + H' K + H' K' + H K') values: independent of U
+but for the repeated key and value heads H'. Backward sends the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from schoolhouse.errors import MeshError
+from schoolhouse.parallel.mesh import Mesh
+from schoolhouse.types import UNSUPERVISED, MicroBatch
+
+
+def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
+    """This process's part [1, S / U] of a micro-batch; `boundaries` stay those of the whole, padded sequence.
+
+    The sequence is padded to a multiple of U by an example of its own that nothing is learnt from.
+    """
+    if mesh.ulysses == 1:
+        return micro
+    missing = -micro.input_ids.shape[1] % mesh.ulysses
+    length = (micro.input_ids.shape[1] + missing) // mesh.ulysses
+    start = mesh.ulysses_rank * length
+
+    def part(values: Tensor, padding: int) -> Tensor:
+        return torch.nn.functional.pad(values, (0, missing), value=padding)[..., start : start + length]
+
+    whole = micro.boundaries[-1]
+    inside = micro.targets[(micro.targets >= start) & (micro.targets < start + length)]
+    padded = torch.nn.functional.pad(micro.positions, (0, missing))
+    if missing:
+        padded[..., whole:] = torch.arange(missing, device=padded.device)
+    return dataclasses.replace(
+        micro, input_ids=part(micro.input_ids, 0), labels=part(micro.labels, UNSUPERVISED),
+        weights=part(micro.weights, 0), positions=padded[..., start : start + length],
+        boundaries=(*micro.boundaries, whole + missing) if missing else micro.boundaries, targets=inside - start,
+    )
+
+
+def refuse_heads(heads: int, degree: int) -> None:
+    """Raise MeshError where the attention heads cannot be divided."""
+    if heads % degree:
+        possible = [number for number in range(1, heads + 1) if heads % number == 0]
+        raise MeshError(
+            f"parallel.ulysses={degree} cannot divide the model's {heads} attention heads",
+            required=f"a divisor of {heads}: {', '.join(map(str, possible))}", where="parallel.ulysses",
+            remedy=f"set parallel.ulysses={max(number for number in possible if number <= degree)}",
+        )
+
+
+def repeats(heads: int, degree: int) -> int:
+    """How often each of the key and value heads must be there, so that U processes get equally many whole groups."""
+    return degree // math.gcd(heads, degree)
+
+
+def to_heads(query: Tensor, key: Tensor, value: Tensor, peers: dist.ProcessGroup) -> list[Tensor]:
+    """[S / U, H, K] of these tokens to [S, H / U, K] of these heads, query, key and value in one exchange.
+
+    Queries of a process meet exactly its key and value heads: these are repeated in place, as grouped heads are.
+    """
+    degree = peers.size()
+    times = repeats(key.shape[1], degree)
+    if times > 1:
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    parts = [one.unflatten(1, (degree, -1)).transpose(0, 1).flatten(2) for one in (query, key, value)]
+    received = _Exchange.apply(torch.cat(parts, 2), peers).flatten(0, 1)
+    own = received.split([part.shape[2] for part in parts], 1)
+    return [flat.unflatten(1, (-1, one.shape[2])) for flat, one in zip(own, (query, key, value), strict=True)]
+
+
+def to_sequence(attended: Tensor, peers: dist.ProcessGroup) -> Tensor:
+    """[S, H / U, K'] of these heads back to [S / U, H, K'] of these tokens."""
+    received = _Exchange.apply(attended.unflatten(0, (peers.size(), -1)), peers)
+    return received.transpose(0, 1).flatten(1, 2)
+
+
+def own_heads(values: Tensor, peers: dist.ProcessGroup) -> Tensor:
+    """The part [H / U, …] of per-head values [H, …] that belongs to this process's heads."""
+    return values.chunk(peers.size())[peers.rank()]
+
+
+class _Exchange(torch.autograd.Function):
+    """[U, …]: slice u goes to process u, and comes from it. Its own transpose, so backward is the same."""
+
+    @staticmethod
+    def forward(ctx, values, peers):
+        ctx.peers = peers
+        return _exchange(values, peers)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _exchange(grad, ctx.peers), None
+
+
+def _exchange(values: Tensor, peers: dist.ProcessGroup) -> Tensor:
+    values = values.contiguous()
+    received = torch.empty_like(values)
+    dist.all_to_all_single(received, values, group=peers)
+    return received

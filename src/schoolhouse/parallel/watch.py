@@ -1,0 +1,79 @@
+"""A hang is found: where no step ends for too long, every process writes its stacks and the run ends with code 7."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from schoolhouse.errors import PeerError
+from schoolhouse.parallel import launch
+from schoolhouse.parallel.mesh import Mesh
+
+LOOK_SECONDS = 0.5
+STACKS_SECONDS = 2.0
+"""From writing stacks to ending: the peers, who waited for this process, write theirs meanwhile."""
+
+
+@contextlib.contextmanager
+def watching(mesh: Mesh, timeout: float, directory: Path) -> Iterator[None]:
+    """Inside, `timeout` seconds without a sign of all processes end them, with their stacks in `directory`.
+
+    The signs are the mesh's own collectives, which return only when every process takes part.
+    """
+    if mesh.world == 1:
+        yield
+        return
+    over = threading.Event()
+    mesh.pulse.beat()
+    thread = threading.Thread(target=_watch, args=(mesh, timeout, directory, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def losses(mesh: Mesh) -> Iterator[None]:
+    """Inside, what a collective raises when a peer is gone becomes a PeerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if mesh.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise PeerError(
+            f"another process was lost: {' '.join(str(error).split())[:120]}",
+            required="every process alive to the end", where=f"rank {mesh.rank}",
+            remedy="look at the other processes' messages; run the same command again to continue",
+        ) from error
+
+
+def _watch(mesh: Mesh, timeout: float, directory: Path, over: threading.Event) -> None:
+    parent = os.getppid()
+    while not over.wait(min(LOOK_SECONDS, timeout / 4)):
+        if os.getppid() != parent:  # the agent was killed: nobody would end this process
+            os._exit(PeerError.exit_code)
+        if mesh.pulse.age() > timeout:
+            _end(mesh, timeout, directory)
+
+
+def _end(mesh: Mesh, timeout: float, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / f"rank-{mesh.rank:05d}.txt").open("w", encoding="utf-8") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    error = PeerError(
+        f"no step ended for {timeout:g} seconds: a process hangs", required="every process taking part in every step",
+        where=f"the stacks of all processes are in {directory}",
+        remedy="look for the one that is not waiting; parallel.hang_timeout is the patience; run again to continue",
+    )
+    launch.report(error, error.exit_code)
+    time.sleep(STACKS_SECONDS)
+    os._exit(error.exit_code)
