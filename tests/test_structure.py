@@ -27,7 +27,7 @@ LAYERS = (
     ("data", "parallel"),
     ("loss", "model", "optim", "graders", "memory", "stopping"),
     ("checkpoint", "evaluate", "record", "screen", "overview", "export", "report"),
-    ("run", "trained", "talk", "train"),
+    ("run", "trained", "talk", "train", "selfcheck"),
     ("commands", "cli", "__main__"),
 )
 """A part imports from its own layer and those before it."""

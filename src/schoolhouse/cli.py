@@ -77,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
     check = _with_recipe(commands, "check", "everything that can be known before training: settings, rows, lengths")
     check.add_argument("--json", action="store_true", help="print JSON")
     _show(_with_recipe(commands, "show", "the tokens as they are trained, coloured"))
+    selfcheck = _with_recipe(commands, "selfcheck", "your own first rows and model against plain transformers")
+    selfcheck.add_argument("--rows", type=_count, default=8, metavar="N", help="how many rows (default 8)")
     evaluate = _command(commands, "eval", "generate and score on the recipe's exam")
     _target(evaluate, "run directory or model")
     _recipe(evaluate)
@@ -127,6 +129,12 @@ def _show(command: argparse.ArgumentParser) -> None:
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one line of JSON an example")
     form.add_argument("--html", metavar="FILE", help="a self-contained page")
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
 
 
 if __name__ == "__main__":

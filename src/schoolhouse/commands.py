@@ -116,6 +116,16 @@ def show(options: Namespace) -> None:
         Console().print(shown.terminal(examples))
 
 
+def selfcheck(options: Namespace) -> None:
+    """Compare loss and gradients of the first rows with plain transformers; an error where they differ."""
+    recipe = recipes.read(options.recipe, options.overrides)
+    from schoolhouse import selfcheck as checking
+
+    lines = checking.selfcheck(recipe, options.rows)
+    checking.print_lines(lines)
+    checking.refuse(lines, options.recipe)
+
+
 def evaluate(options: Namespace) -> None:
     """Generate answers to the recipe's exam and grade them."""
     recipe = recipes.read(options.recipe, options.overrides)
@@ -221,8 +231,9 @@ def env(options: Namespace) -> None:
 
 
 COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
-    "run": run, "check": check, "show": show, "eval": evaluate, "chat": chat, "compare": compare, "export": export,
-    "verify": verify, "report": report, "ls": ls, "new": new, "schema": schema, "env": env,
+    "run": run, "check": check, "show": show, "selfcheck": selfcheck, "eval": evaluate, "chat": chat,
+    "compare": compare, "export": export, "verify": verify, "report": report, "ls": ls, "new": new,
+    "schema": schema, "env": env,
 }
 
 

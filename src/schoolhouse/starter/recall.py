@@ -1,6 +1,6 @@
 """Long conversations to be remembered: facts are told early, other talk follows, and much later they are asked for.
 
-A fact is who has how many of what, such as `Mia has 47 plums`. The answers to be graded are those that need a fact
+A fact is who has what, such as `Mia has plums`. The answers to be graded are those that need a fact
 told several turns before; in the exam only they carry the weight 1. No fact of a split occurs in another split.
 """
 
@@ -13,34 +13,32 @@ from typing import Any
 
 from schoolhouse.starter.words import PEOPLE, SHARES, THINGS, draw, part_of_all, pick, seeded
 
-_SIZES = {"train": 12_000, "validation": 64, "exam": 64}
+_SIZES = {"train": 24_000, "validation": 64, "exam": 64}
 
-_FACTS = (2, 4)
-"""The smallest and largest number of facts in a conversation."""
-_ASIDES = (2, 4)
+_FACTS = {"train": (1, 4), "validation": (2, 4), "exam": (2, 4)}
+"""The smallest and largest number of facts in a conversation. Training begins with what is easy."""
+_ASIDES = {"train": (0, 4), "validation": (2, 4), "exam": (2, 4)}
 """Turns of other talk between the last fact and the first question."""
-_NUMBERS = (10, 99)
-
-_TELL = ("{A} has {n} {things}.", "Remember: {A} has {n} {things}.", "I see that {A} has {n} {things}.")
-_ASK = ("What does {A} have?", "What was it that {A} has?", "How many {things} does {A} have?")
-_FACT = "{A} has {n} {things}."
+_TELL = ("{A} has {things}.", "Remember, {A} has {things}.", "I see that {A} has {things}.")
+_ASK = ("What does {A} have?", "What was it that {A} has?", "And {A}?")
+_FACT = "{A} has {things}."
 _ASIDES_SAID = (
     ("How are you?", "I am well."), ("Thank you.", "Yes."), ("Is it late?", "No."), ("Say {things}.", "{things}."),
-    ("What comes after {n}?", "{next}."), ("{A} is here.", "Hello, {A}."), ("{A} sold all {things}?", "I do not know."),
+    ("{A} is here.", "Hello, {A}."), ("Is {A} here?", "{A} is here."), ("Are {things} red?", "No."),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class _Fact:
-    """Who has how many of what."""
+    """Who has what."""
 
     person: str
-    number: int
     things: str
 
+    @property
     def words(self) -> dict[str, Any]:
         """The fact as the words of a format string."""
-        return {"A": self.person, "n": self.number, "next": self.number + 1, "things": self.things}
+        return {"A": self.person, "things": self.things}
 
 
 def rows(split: str) -> Iterator[dict[str, Any]]:
@@ -50,7 +48,7 @@ def rows(split: str) -> Iterator[dict[str, Any]]:
         facts = _facts(random, split)
         if facts not in seen:
             seen.add(facts)
-            messages = [message for turn in _turns(random, facts) for message in turn]
+            messages = [message for turn in _turns(random, facts, _ASIDES[split]) for message in turn]
             yield {"messages": messages if split == "exam" else [_unmarked(message) for message in messages]}
 
 
@@ -58,20 +56,22 @@ def _facts(random: Random, split: str) -> tuple[_Fact, ...]:
     """Facts of different people about different things, all of this split's share."""
     facts: list[_Fact] = []
     people = [name for names in PEOPLE.values() for name in names.split()]
-    wanted = draw(random, *_FACTS)
+    wanted = draw(random, *_FACTS[split])
     while len(facts) < wanted:
-        fact = _Fact(pick(random, people), draw(random, *_NUMBERS), f"{pick(random, THINGS.split())}s")
+        fact = _Fact(pick(random, people), f"{pick(random, THINGS.split())}s")
         new = all(fact.person != other.person and fact.things != other.things for other in facts)
-        if new and part_of_all(_FACT.format_map(fact.words())) in SHARES[split]:
+        if new and part_of_all(_FACT.format_map(fact.words)) in SHARES[split]:
             facts.append(fact)
     return tuple(facts)
 
 
-def _turns(random: Random, facts: tuple[_Fact, ...]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _turns(
+    random: Random, facts: tuple[_Fact, ...], asides: tuple[int, int]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Every fact told, other talk, then each fact asked for in another order."""
     for fact in facts:
         yield _turn(pick(random, _TELL), _FACT, fact, weight=0)
-    for _ in range(draw(random, *_ASIDES)):
+    for _ in range(draw(random, *asides)):
         said, answer = pick(random, _ASIDES_SAID)
         yield _turn(said, answer, _stranger(random, facts), weight=0)
     for fact in _shuffled(random, facts):
@@ -83,7 +83,7 @@ def _stranger(random: Random, facts: tuple[_Fact, ...]) -> _Fact:
     people = [name for names in PEOPLE.values() for name in names.split()]
     others = [name for name in people if name not in {fact.person for fact in facts}]
     things = [f"{thing}s" for thing in THINGS.split() if f"{thing}s" not in {fact.things for fact in facts}]
-    return _Fact(pick(random, others), draw(random, 10, 98), pick(random, things))
+    return _Fact(pick(random, others), pick(random, things))
 
 
 def _shuffled(random: Random, facts: tuple[_Fact, ...]) -> list[_Fact]:
@@ -94,10 +94,9 @@ def _shuffled(random: Random, facts: tuple[_Fact, ...]) -> list[_Fact]:
 
 
 def _turn(said: str, answer: str, fact: _Fact, *, weight: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    words = fact.words()
     return (
-        {"role": "user", "content": said.format_map(words)},
-        {"role": "assistant", "content": answer.format_map(words), "weight": weight},
+        {"role": "user", "content": said.format_map(fact.words)},
+        {"role": "assistant", "content": answer.format_map(fact.words), "weight": weight},
     )
 
 

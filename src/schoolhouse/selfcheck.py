@@ -1,0 +1,215 @@
+"""The user's own first rows and model, on the layout asked for, against transformers' own plain forward.
+
+One optimizer step over the first examples is computed twice: as a run computes it (packed, our attention, our loss,
+the layout of the recipe), and as plainly as it can be written (one example at a time, the model's own forward with
+its eager attention, `F.cross_entropy` on all logits, one division). Loss and gradients must agree, by these measures:
+
+    float32    loss 1e-5, a gradient 1e-4 of its own length. Sums of float32 in another order differ by 1e-7 to 1e-5
+               through some dozens of layers; a lost token, a wrong factor or a leak between examples by 1e-3 and more.
+    bfloat16   2e-2 more than twice what plain transformers itself is away from float32 in that precision, because
+               how far 8 bits of precision carry depends on the model.
+
+The layout is always checked in float32, a recipe in bfloat16 in both. Dropout is off. A group of parameters whose
+gradient is shorter than a thousandth of the longest (a bias that the softmax ignores) is measured by that thousandth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from schoolhouse import places, train
+from schoolhouse.config import Recipe
+from schoolhouse.data import loader, prepare, served
+from schoolhouse.data import plan as plans
+from schoolhouse.data.store import Store
+from schoolhouse.errors import ModelError
+from schoolhouse.model import load
+from schoolhouse.optim import Optimizer
+from schoolhouse.types import Example, PlannedStep, Step
+
+LOSS, GRADIENT = 1e-5, 1e-4
+"""Relative differences that float32 may show."""
+MORE = 2e-2
+"""What bfloat16 may show beyond twice plain transformers' own difference."""
+FLOOR = 1e-3
+"""Gradients shorter than this share of the longest are measured by it."""
+WIDTH = 110
+"""Columns of the printed table, wide enough for a parameter's name."""
+NOTHING = 1e-6
+"""A loss or a gradient of this size is none."""
+
+Gradients = Mapping[str, Tensor]
+Group = tuple[float, float]
+"""Length of a plain gradient, and of the difference from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One comparison."""
+
+    precision: str
+    what: str
+    """`loss`, or the parameters of all layers that share a name."""
+    plain: float
+    """The loss, or the length of the gradient, by plain transformers in float32."""
+    difference: float
+    """Relative."""
+    allowed: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is allowed; a difference that is no number is not."""
+        return self.difference <= self.allowed
+
+
+def selfcheck(recipe: Recipe, rows: int) -> list[Line]:
+    """Compare the first `rows` rows' step with plain transformers in float32 and in the recipe's precision."""
+    directory = places.model_directory(recipe.model.path, recipe.model.revision)
+    store = _first_rows(recipe, directory, rows)
+    examples = [store[index] for index in range(len(store))]
+    lines = []
+    for precision in dict.fromkeys(("float32", recipe.model.precision)):
+        wanted = plainly(recipe, directory, examples, precision, torch.float32)
+        found = as_a_run_does(recipe, directory, store, precision)
+        own = None
+        if precision != "float32":
+            own = compare(wanted, plainly(recipe, directory, examples, precision, torch.bfloat16))
+        lines += judge(precision, compare(wanted, found), own)
+    return lines
+
+
+def refuse(lines: Sequence[Line], where: str) -> None:
+    """Raise ModelError (exit code 2: this program does not train this model exactly) where something differs."""
+    wrong = [line for line in lines if not line.agrees]
+    if wrong:
+        worst = max(wrong, key=lambda line: line.difference / line.allowed)
+        raise ModelError(
+            f"{len(wrong)} of {len(lines)} comparisons with plain transformers differ, most of all {worst.what} "
+            f"in {worst.precision}: {worst.difference:.1e}",
+            required=f"at most {worst.allowed:.0e}", where=where,
+            remedy="do not train this model on this layout; report its architecture with this table",
+        )
+
+
+def print_lines(lines: Sequence[Line]) -> None:
+    """The table of all comparisons on standard output."""
+    table = Table("precision", "what", "plain transformers", "difference", "allowed", "", box=None)
+    for line in lines:
+        mark = "[green]agrees[/green]" if line.agrees else "[bold red]differs[/bold red]"
+        table.add_row(
+            line.precision, line.what, f"{line.plain:.6g}", f"{line.difference:.1e}", f"{line.allowed:.0e}", mark
+        )
+    Console(highlight=False, width=WIDTH).print(table)
+
+
+def _first_rows(recipe: Recipe, directory: Path, rows: int) -> Store:
+    """The examples of the first rows of the first source."""
+    first = recipe.data.train[0]
+    source = first.model_copy(update={"limit": min(rows, first.limit or rows)})
+    return prepare.prepare(recipe.data, [source], served.serving(recipe.model, directory), served.rules(recipe))
+
+
+# ---- the two ways --------------------------------------------------------------------------------------------------
+
+
+def as_a_run_does(recipe: Recipe, directory: Path, store: Store, precision: str) -> tuple[float, Gradients]:
+    """Loss and gradients by the code that trains, on the layout of the recipe."""
+    settings = recipe.model.model_copy(update={"precision": precision})
+    torch.manual_seed(recipe.seed)
+    student = load.load(directory, settings, load.device(recipe.device))
+    optimizer = Optimizer(student.model, recipe.optim, precision)
+    student.model.eval()
+    packs = plans.partition(store.lengths, recipe.batch.tokens)
+    planned = PlannedStep(
+        1, 0, tuple(map(tuple, packs)), int(store.lengths.sum()), int(store.supervised_tokens.sum()),
+        float(store.supervised.sum()),
+    )
+    step = Step(planned, [loader.micro_batch(store, pack, student.device) for pack in packs])
+    loss, _ = train.compute_gradient(student, step, recipe.seed)
+    return loss, {name: one.grad for name, one in optimizer.masters.items() if one.grad is not None}
+
+
+def plainly(
+    recipe: Recipe, directory: Path, examples: Sequence[Example], precision: str, arithmetic: torch.dtype
+) -> tuple[float, Gradients]:
+    """Loss and gradients as plainly as they can be written, from the same weights, computed in `arithmetic`."""
+    torch.manual_seed(recipe.seed)
+    model = load.load(directory, recipe.model, load.device(recipe.device)).model
+    model.set_attn_implementation("eager")
+    model.eval()
+    if precision != "float32":
+        _round(model)
+    model.to(arithmetic)
+    supervised = sum(float(example.weights.sum(dtype="float64")) for example in examples)
+    total = 0.0
+    for example in examples:
+        ids, labels = (
+            torch.from_numpy(part.astype("int64")).to(model.device) for part in (example.input_ids, example.labels)
+        )
+        logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+        nll = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
+        loss = (nll * torch.tensor(example.weights, device=nll.device)).sum() / supervised
+        loss.backward()
+        total += loss.item()
+    return total, {name: one.grad.float() for name, one in model.named_parameters() if one.grad is not None}
+
+
+def _round(model: nn.Module) -> None:
+    """The weights of float32 rounded to bfloat16: what both ways begin with."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+
+
+# ---- the verdict ---------------------------------------------------------------------------------------------------
+
+
+def compare(wanted: tuple[float, Gradients], found: tuple[float, Gradients]) -> dict[str, Group]:
+    """Plain length and difference of the loss and of each group of gradients; what is missing counts as zero."""
+    (loss, plain), (other_loss, other) = wanted, found
+    groups: dict[str, list[Group]] = {}
+    for name in {**plain, **other}:
+        lengths = list(_lengths(plain.get(name), other.get(name)))
+        groups.setdefault(group_of(name), []).append((lengths[0], lengths[1]))
+    together = {
+        name: (_length(one for one, _ in parts), _length(one for _, one in parts)) for name, parts in groups.items()
+    }
+    return {"loss": (abs(loss), abs(loss - other_loss)), **together}
+
+
+def judge(
+    precision: str, found: Mapping[str, Group], own: Mapping[str, Group] | None = None
+) -> Iterator[Line]:
+    """A line for every comparison; `own` is how far plain transformers itself is from float32 in this precision."""
+    shortest = FLOOR * max((length for name, (length, _) in found.items() if name != "loss"), default=0.0)
+    for name, (length, difference) in found.items():
+        against = max(length, NOTHING if name == "loss" else shortest, NOTHING)
+        allowed = LOSS if name == "loss" else GRADIENT
+        if own is not None:
+            allowed = MORE + 2 * own[name][1] / against
+        yield Line(precision, name, length, difference / against, allowed)
+
+
+def group_of(name: str) -> str:
+    """The parameter's name with `*` for every number of a layer or an expert."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name.removeprefix("model."))
+
+
+def _lengths(plain: Tensor | None, other: Tensor | None) -> Iterator[float]:
+    one = torch.zeros_like(other) if plain is None else plain.double()
+    yield float(one.norm())
+    yield float((one - (0 if other is None else other.to(one.device).double())).norm())
+
+
+def _length(parts: Iterable[float]) -> float:
+    """The length of a vector made of parts of these lengths."""
+    return sum(part * part for part in parts) ** 0.5
