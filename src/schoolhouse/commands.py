@@ -156,8 +156,8 @@ def export(options: Namespace) -> None:
     """Write a Hugging Face directory of a run's checkpoint, proved equal."""
     from schoolhouse import trained
 
-    out = trained.export_run(Path(options.target), options.out, options.step)
-    print(f"exported and verified: {out}")
+    out, proof = trained.export_run(Path(options.target), options.out, options.step, options.merge)
+    print(f"exported and verified: {out} ({proof})")
 
 
 def verify(options: Namespace) -> None:

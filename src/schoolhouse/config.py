@@ -103,6 +103,27 @@ class Model(Section):
     """Keep only the input of each block and compute it again in backward: less memory, about a third more time."""
 
 
+class Lora(Section):
+    """Low-rank adapters beside frozen weights, through PEFT; without this section the whole model is trained."""
+
+    rank: PositiveInt = 16
+    """Columns of the factors beside each matrix."""
+    alpha: PositiveFloat = 32.0
+    """The product of the factors is multiplied with alpha / rank."""
+    dropout: Decay = 0.0
+    """Share of an adapter's inputs that are left out at random while training."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """`all-linear` (all but the head), a list of module names such as `[q_proj, v_proj]`, or a regex of whole names."""
+    experts: Switch | None = None
+    """Whether stacked experts of a mixture are adapted too; a mixture with experts must say so."""
+    rslora: Switch = False
+    """Multiply with alpha / sqrt(rank): large ranks learn as they should (rsLoRA)."""
+    dora: Switch = False
+    """Also learn the length of each row of a matrix (DoRA)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside the adapters, e.g. `[embed_tokens]`; tied embeddings stay tied."""
+
+
 class Batch(Section):
     """The meaning of a step, and how much of it is computed at once."""
 
@@ -210,6 +231,8 @@ class Recipe(Section):
     """The run's directory. Unset: `runs/` and the recipe's file name."""
     seed: NaturalInt = 0
     """Decides the order of the data, dropout and drawn answers."""
+    lora: Lora | None = None
+    """Adapters instead of full fine-tuning."""
     device: str = "auto"
     """A torch device such as `cpu` or `cuda`. auto: the accelerator where there is one."""
     batch: Batch = Batch()

@@ -27,7 +27,7 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import load
+from schoolhouse.model import load, lora
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel.mesh import Mesh
@@ -131,7 +131,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh) -> Run:
         validation = prepare.prepare(recipe.data, held_out, serving, rules, progress) if held_out else None
     model = served.load(serving)
     torch.manual_seed(recipe.seed)
-    student = load.load(directory, recipe.model, load.device(recipe.device, mesh.place.local), mesh)
+    student = load.load(directory, recipe.model, load.device(recipe.device, mesh.place.local), mesh, recipe.lora)
     difference = load.prove(student)
     optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision)
     plan = plans.plan(store, recipe, _packs_at_once(previous, mesh))
@@ -210,7 +210,8 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
     }
     in_force = {
         "student": f"{type(model).__name__}, {parameters / 1e6:,.2f} M parameters, "
-        f"{trainable / parameters:.0%} trained",
+        f"{trainable / parameters:.2%} trained",
+        "way": lora.describe(model, recipe.lora) if recipe.lora else "full fine-tuning",
         "precision": f"{recipe.model.precision}, masters and moments float32" if recipe.model.precision == "bfloat16"
         else "float32",
         "attention": f"packed and isolated; equal to {type(model).__name__}'s own to {difference:.0e}",

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from schoolhouse import checkpoint, evaluate, overview, places
+from schoolhouse import checkpoint, evaluate, overview, places, proof
 from schoolhouse import export as exporting
 from schoolhouse.checkpoint import Checkpoint
-from schoolhouse.config import Model, Recipe
+from schoolhouse.config import Lora, Model, Recipe
 from schoolhouse.data import served
 from schoolhouse.data.served import Served
-from schoolhouse.errors import CheckpointError
+from schoolhouse.errors import CheckpointError, ConfigError
+from schoolhouse.export import Trained
 from schoolhouse.model import load
 from schoolhouse.model.load import Student
 
@@ -29,19 +30,39 @@ def open_student(target: str) -> tuple[Student, Served]:
     if not (directory / "run.json").is_file():
         return _open_model(Model(path=target), load.device("auto"))
     recipe = _recipe(directory)
-    student, model = _open_model(recipe.model, load.device(recipe.device))
+    student, model = _open_model(recipe.model, load.device(recipe.device), recipe.lora)
     exporting.put_weights(student.model, chosen(directory).tensors(checkpoint.WEIGHTS))
     return student, model
 
 
-def export_run(directory: Path, out: str | None, step: int | None) -> Path:
-    """Export a run's checkpoint, compared on prompts of its own exam or training rows."""
+def export_run(directory: Path, out: str | None, step: int | None, merge: bool = False) -> tuple[Path, str]:
+    """Export a run's checkpoint, proved on prompts of its own exam or training rows; where it is, and the proof.
+
+    A run with adapters is exported as a PEFT adapter, or with `merge` as a whole model.
+    """
     recipe, found = _recipe(directory), chosen(directory, step)
+    if merge and recipe.lora is None:
+        raise ConfigError(
+            "the run has no adapters to merge: the whole model was trained", required="a run with a section `lora`",
+            where="command line: --merge", remedy="leave --merge out",
+        )
     base = places.model_directory(recipe.model.path, recipe.model.revision)
     model = served.load(served.serving(recipe.model, base))
-    place = Path(out) if out else directory / "export"
-    prompts = _prompts(recipe, model)
-    return exporting.export(base, found.tensors(checkpoint.WEIGHTS), model, prompts, place)
+    place = Path(out) if out else directory / ("merged" if merge else "export")
+    trained = Trained(found.tensors(checkpoint.WEIGHTS), recipe.lora)
+    staging = exporting.staged(place)
+    if recipe.lora is None or merge:
+        exporting.write_model(base, trained, model, staging)
+    else:
+        name = recipe.model.path if _of_the_hub(recipe) else str(base.resolve())
+        exporting.write_adapter(base, name, recipe.model.revision, trained, model, staging)
+    shown = proof.prove(base, trained, model, _prompts(recipe, model), staging)
+    exporting.publish(staging, place, shown)
+    return place, shown
+
+
+def _of_the_hub(recipe: Recipe) -> bool:
+    return not recipe.model.path.startswith("starter/") and not Path(recipe.model.path).is_dir()
 
 
 def chosen(directory: Path, step: int | None = None) -> Checkpoint:
@@ -60,9 +81,9 @@ def chosen(directory: Path, step: int | None = None) -> Checkpoint:
     )
 
 
-def _open_model(settings: Model, place: torch.device) -> tuple[Student, Served]:
+def _open_model(settings: Model, place: torch.device, adapters: Lora | None = None) -> tuple[Student, Served]:
     directory = places.model_directory(settings.path, settings.revision)
-    return load.load(directory, settings, place), served.load(served.serving(settings, directory))
+    return load.load(directory, settings, place, adapters=adapters), served.load(served.serving(settings, directory))
 
 
 def _recipe(directory: Path) -> Recipe:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from schoolhouse import loss
-from schoolhouse.config import Model
+from schoolhouse.config import Lora, Model
 from schoolhouse.errors import ConfigError, MeshError, ModelError
 from schoolhouse.loss import Head
-from schoolhouse.model import attention, families
+from schoolhouse.model import attention, families, lora
 from schoolhouse.parallel import ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
 from schoolhouse.types import LossSum, MicroBatch
@@ -75,7 +75,9 @@ def device(setting: str, local: int = 0) -> torch.device:
     return torch.device("cpu") if kind is None else torch.device(kind.type, local % torch.accelerator.device_count())
 
 
-def load(directory: Path, settings: Model, place: torch.device, mesh: Mesh = ALONE) -> Student:
+def load(
+    directory: Path, settings: Model, place: torch.device, mesh: Mesh = ALONE, adapters: Lora | None = None
+) -> Student:
     """The model of a directory in float32 on `place`, ready to train; raises ModelError where it cannot be exact."""
     attention.register()
     try:
@@ -94,10 +96,29 @@ def load(directory: Path, settings: Model, place: torch.device, mesh: Mesh = ALO
             f"{mesh.world} processes: weights cannot be cut yet", required="one process", where="--nproc",
             remedy="use one process",
         )
+    if adapters is not None:
+        lora.inject(model, adapters)
     model.to(place).train()
     if settings.activation_checkpointing:
         checkpoint_activations(model)
     return Student(model, mesh)
+
+
+def plain(directory: Path) -> PreTrainedModel:
+    """The model of a directory as transformers alone loads it, in the number format of its files."""
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", trust_remote_code=False, use_safetensors=True, local_files_only=True
+    )
+
+
+def skeleton(directory: Path, adapters: Lora | None) -> PreTrainedModel:
+    """The model of a directory without its weights: names and shapes only, on the device `meta`."""
+    with torch.device("meta"):
+        configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(configuration, trust_remote_code=False)
+        if adapters is not None:
+            lora.inject(model, adapters)
+    return model
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

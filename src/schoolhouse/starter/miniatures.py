@@ -1,0 +1,58 @@
+"""Miniatures: the smallest model of an architecture that still has every part of it.
+
+They are what `run RECIPE --rehearse` trains where the real model is out of reach, and what the tests are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_COMMON = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096, "pad_token_id": 0,
+}
+_LATENT = {  # latent attention, and a mixture of experts behind one dense layer (DeepSeek-V2, arXiv:2405.04434)
+    "num_hidden_layers": 2, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "moe_intermediate_size": 32, "first_k_dense_replace": 1, "head_dim": 8,
+}
+_LAYERS = ["sliding_attention", "full_attention"]
+
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 7}, "seed_oss": {},
+    "gemma": {"num_key_value_heads": 1, "hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": {
+        "sliding_window": 7, "query_pre_attn_scalar": 16, "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0, "layer_types": _LAYERS,
+    },
+    "gemma3_text": {"sliding_window": 7, "query_pre_attn_scalar": 16, "layer_types": _LAYERS},
+    "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": {**_LATENT, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {**_LATENT, "n_group": 2, "topk_group": 1},
+    "gpt_oss": {"sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _LAYERS},
+}
+"""What each architecture needs beside the common sizes, by transformers' `model_type`."""
+
+_TIED = {"tie_word_embeddings": True}
+_UNTIED = {"tie_word_embeddings": False}
+MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "deepseek-ai/deepseek-coder-6.7b-instruct": ("llama", _UNTIED),
+    "google/gemma-2b-it": ("gemma", _TIED),
+    "google/gemma-1.1-7b-it": ("gemma", _TIED),
+    "google/gemma-2-2b-it": ("gemma2", _TIED),
+    "google/gemma-3-1b-it": ("gemma3_text", _TIED),
+    "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", _TIED),
+    "Qwen/Qwen3-0.6B": ("qwen3", _TIED),
+    "Qwen/Qwen3-1.7B": ("qwen3", _TIED),
+    "Qwen/Qwen3-8B": ("qwen3", _UNTIED),
+    "Qwen/Qwen3-30B-A3B": ("qwen3_moe", _UNTIED),
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": ("seed_oss", _UNTIED),
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": ("deepseek_v2", {**_UNTIED, "q_lora_rank": None}),
+}
+"""The architecture of the models that the recipes name, for machines that the hub is out of reach of."""
+
+
+def settings(model_type: str, vocabulary: int, **changes: Any) -> dict[str, Any]:
+    """The configuration of a miniature with `vocabulary` tokens; raises KeyError for an unknown architecture."""
+    return {"model_type": model_type, "vocab_size": vocabulary, **_COMMON, **ARCHITECTURES[model_type], **changes}

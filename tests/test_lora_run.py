@@ -1,0 +1,136 @@
+"""A run with adapters: only they are trained and kept, it resumes bit by bit, and every command understands it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_run import here
+from transformers import AutoModelForCausalLM
+
+from schoolhouse import checkpoint, places, talk, trained
+from schoolhouse.types import Message, Part
+
+LESSON = """\
+model: starter/qwen3
+data:
+  train: [{path: starter/arithmetic, limit: 120}]
+lora: {rank: 4, alpha: 8, dropout: 0.1}
+batch: {examples: 4, tokens: 300}
+train: {steps: 6}
+optim: {learning_rate: 1e-2}
+exam: {data: {path: starter/arithmetic:exam, limit: 4}, max_new_tokens: 8, grader: contains}
+checkpoint: {every: 3}
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lora") / "lora.yaml"
+    path.write_text(LESSON)
+    return path
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def run(request, page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("run") / request.param
+    here("run", page, f"directory={place}", f"model.precision={request.param}")
+    return place
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint.verify(run / "checkpoints" / f"step-{step:08d}").tensors(checkpoint.WEIGHTS)
+
+
+def said(*arguments: object) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        here(*arguments)
+    return out.getvalue()
+
+
+def test_only_the_adapters_are_trained_and_kept(run: Path) -> None:
+    """56 factors of 28 matrices, moved; under 5 % of the parameters; and the base as it was, to the bit."""
+    kept = weights(run, 6)
+    assert len(kept) == 56 and all("lora_" in name and value.dtype == torch.float32 for name, value in kept.items())
+    assert all(bool(value.any()) for value in kept.values())
+    told = json.loads((run / "run.json").read_text())
+    assert 0 < told["derived"]["trainable"] < 0.05 * told["derived"]["parameters"]
+    way = next(row["value"] for row in told["in_force"] if row["what"] == "way")
+    assert way.startswith("LoRA rank 4, alpha 8: adapted 28 of 29 matrices") and "frozen: embed_tokens 1" in way
+    student, _ = trained.open_student(str(run))
+    found = {name.replace(".base_layer", ""): one for name, one in student.model.named_parameters()}
+    plain = AutoModelForCausalLM.from_pretrained(places.model_directory("starter/qwen3"))
+    assert all(torch.equal(found[name], one) for name, one in plain.named_parameters())
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(run: Path, page: Path, tmp_path: Path) -> None:
+    """Stopped after step 3 and continued, dropout and all: the factors are those of the unbroken run."""
+    import shutil
+
+    copy = tmp_path / "again"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-00000006")
+    here("run", page, f"directory={copy}", f"model.precision={run.name}")
+    one, other = weights(run, 6), weights(copy, 6)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_adapter_is_exported_in_pefts_format(run: Path, tmp_path: Path) -> None:
+    """Alpha, rank and base are right; PEFT loads it; the file holds what was trained."""
+    assert "identical logits on 4 prompts" in said("export", run, "--out", tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (told["r"], told["lora_alpha"], told["peft_type"]) == (4, 8, "LORA")
+    assert set(told["target_modules"]) == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    base = Path(told["base_model_name_or_path"])
+    assert (base / "config.json").is_file()
+    file, kept = load_file(tmp_path / "out" / "adapter_model.safetensors"), weights(run, 6)
+    assert len(file) == len(kept)
+    assert all(torch.equal(file[f"base_model.model.{name.replace('.default', '')}"], kept[name]) for name in kept)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+
+
+def test_the_merged_model_is_a_plain_one(run: Path, tmp_path: Path) -> None:
+    """Tensors by the base's names, shapes and formats; embeddings still tied; its answers are the run's."""
+    assert "relative difference of logits" in said("export", run, "--merge", "--out", tmp_path / "out")
+    base, file = places.model_directory("starter/qwen3"), load_file(tmp_path / "out" / "model.safetensors")
+    plain = load_file(base / "model.safetensors")
+    assert {name: (one.shape, one.dtype) for name, one in file.items()} == {
+        name: (one.shape, one.dtype) for name, one in plain.items()
+    }
+    moved = {name for name in file if not torch.equal(file[name], plain[name])}
+    assert moved == {name for name in file if "proj" in name}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    asked = [Message("user", (Part("text", "Tom has 3 pens and buys 4. How many?"),))]
+    answers = [talk.reply(*trained.open_student(str(one)), asked) for one in (run, tmp_path / "out")]
+    assert answers[0] == answers[1]
+
+
+def test_merging_needs_adapters(tmp_path: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = tmp_path / "full.yaml"
+    full.write_text(LESSON.replace("lora: {rank: 4, alpha: 8, dropout: 0.1}\n", "").replace("steps: 6", "steps: 1"))
+    here("run", full, f"directory={tmp_path / 'run'}")
+    here("export", tmp_path / "run", "--merge", code=2)
+    assert "no adapters to merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("setting", "where"), [
+    ("lora.targets=[q_porj]", "lora.targets"), ("lora.experts=true", "lora.experts"), ("lora.rank=0", "lora.rank"),
+])
+def test_what_cannot_be_adapted_is_refused(
+    setting: str, where: str, page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here("run", page, f"directory={tmp_path / 'run'}", setting, code=2)
+    assert where in capsys.readouterr().err
+
+
+def test_another_rank_does_not_continue_a_run(run: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here("run", page, f"directory={run}", f"model.precision={run.name}", "lora.rank=8", code=2)
+    assert "lora.rank: 4 → 8" in capsys.readouterr().err
