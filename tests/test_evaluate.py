@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse import evaluate, graders, places
 from schoolhouse.config import Exam, Recipe
-from schoolhouse.data import prepare, served
+from schoolhouse.data import choose, prepare, served
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.data.tokens import Stops
@@ -54,7 +54,7 @@ def recipe_of(**settings: object) -> Recipe:
 def store(cache: Path) -> Store:
     recipe = recipe_of()
     serving = served.serving(recipe.model, places.model_directory(recipe.model.path))
-    return prepare.prepare(recipe.data, recipe.data.train, serving, served.rules(recipe))
+    return prepare.prepare(recipe.data, choose.choices(recipe)["train"], serving, served.rules(recipe))
 
 
 def student(family: str = "qwen3", **changes: Any) -> Student:
@@ -268,7 +268,7 @@ def test_questions_are_shown_as_training_shows_them(model: Served) -> None:
     """The prompt of a question is, token for token, what stands before the answer in a training example of the row."""
     recipe = recipe_of(exam={"data": {"path": "starter/arithmetic", "limit": 24}})
     asked = evaluate.questions(recipe, model)
-    rows = prepare.rows_of(recipe.data, recipe.data.train)
+    rows = prepare.rows_of(recipe.data, choose.choices(recipe)["train"])
     for question, (settings, (origin, row)) in zip(asked, rows, strict=True):
         example = model.encode(row, settings, origin, served.rules(recipe)).examples[0]
         first = int(example.weights.nonzero()[0][0])

@@ -15,7 +15,7 @@ from conftest import SHARED
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from schoolhouse import recipe as recipes
-from schoolhouse.data import prepare, served
+from schoolhouse.data import choose, prepare, served
 
 
 def schoolhouse(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -76,13 +76,13 @@ def test_all_gsm8k_rows_are_accounted_for_and_prepared_once(gsm8k: Path) -> None
     recipe = recipes.read(gsm8k)
     serving, rules = served.serving(recipe.model, Path(recipe.model.path)), served.rules(recipe)
     started = time.perf_counter()
-    first = prepare.prepare(recipe.data, recipe.data.train, serving, rules)
+    first = prepare.prepare(recipe.data, choose.choices(recipe)["train"], serving, rules)
     assert time.perf_counter() - started < 60
     ledger = first.ledger
     assert (ledger.rows, ledger.kept, ledger.examples, ledger.stopped_turns) == (7473,) * 4
     assert not ledger.dropped and ledger.turns == 7473
     started = time.perf_counter()
-    again = prepare.prepare(recipe.data, recipe.data.train, serving, rules)
+    again = prepare.prepare(recipe.data, choose.choices(recipe)["train"], serving, rules)
     assert time.perf_counter() - started < 2
     assert again.directory == first.directory
 
@@ -91,7 +91,7 @@ def test_gsm8k_tokens_decode_to_the_rows(gsm8k: Path, shared: Path) -> None:
     """The targets of every 97th row decode to its answer and the stop token, after the prompt as served."""
     recipe = recipes.read(gsm8k)
     serving, rules = served.serving(recipe.model, Path(recipe.model.path)), served.rules(recipe)
-    store = prepare.prepare(recipe.data, recipe.data.train, serving, rules)
+    store = prepare.prepare(recipe.data, choose.choices(recipe)["train"], serving, rules)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
     rows = [json.loads(line) for line in (shared / "gsm8k" / "train.jsonl").open()]
     for index in range(0, len(store), 97):

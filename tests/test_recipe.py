@@ -223,7 +223,8 @@ SETTINGS: dict[str, st.SearchStrategy] = {
     "model.template_arguments": st.dictionaries(NAMES, st.booleans() | st.integers() | RATES | NAMES, max_size=3),
     "model.stop_tokens": st.lists(NAMES, max_size=3), "model.activation_checkpointing": st.booleans(),
     "data.train": st.lists(SOURCE, min_size=1, max_size=3), "data.validation": st.lists(SOURCE, min_size=1, max_size=2),
-    "data.supervise": st.sampled_from(["every", "last", "marked"]), "data.workers": st.integers(0, 99),
+    "data.supervise": st.sampled_from(["every", "last", "marked"]), "data.limit": COUNT,
+    "data.on_error": st.sampled_from(["stop", "skip:0.1%", "skip:100%"]), "data.workers": st.integers(0, 99),
     "data.cache": NAMES, "directory": NAMES, "seed": st.integers(0, 2**62), "device": NAMES, "batch.examples": COUNT,
     "train.epochs": COUNT, "train.steps": COUNT, "optim.learning_rate": POSITIVE, "optim.weight_decay": POSITIVE,
     "optim.schedule": st.sampled_from(["cosine", "linear", "constant"]), "optim.warmup": RATES, "optim.minimum": RATES,
@@ -287,6 +288,9 @@ def schema_faults(value: Any, schema: dict[str, Any], whole: dict[str, Any], pat
     if "anyOf" in schema:
         tried = [schema_faults(value, one, whole, path) for one in schema["anyOf"]]
         return [] if [] in tried else [f"{path}: none of {len(tried)} forms"]
+    if "oneOf" in schema:
+        tried = [schema_faults(value, one, whole, path) for one in schema["oneOf"]]
+        return [] if tried.count([]) == 1 else [f"{path}: {tried.count([])} of {len(tried)} forms"]
     assert schema.keys() <= KEYWORDS, schema.keys() - KEYWORDS
     if not TYPES[schema.get("type")](value):
         return [f"{path}: not {schema['type']}"]
@@ -314,6 +318,7 @@ LIMITS = {
     "maximum": lambda v, limit: v <= limit, "exclusiveMaximum": lambda v, limit: v < limit,
     "minItems": lambda v, limit: len(v) >= limit,
     "minLength": lambda v, limit: not isinstance(v, str) or len(v) >= limit,
+    "pattern": lambda v, pattern: not isinstance(v, str) or re.search(pattern, v) is not None,
     "enum": lambda v, allowed: v in allowed,
     "const": lambda v, only: v == only, "required": lambda v, names: set(names) <= set(v),
 }

@@ -31,7 +31,7 @@ from schoolhouse import checkpoint, cli, optim, places, talk, trained
 from schoolhouse import recipe as recipes
 from schoolhouse import run as runs
 from schoolhouse.config import Exam, Recipe
-from schoolhouse.data import prepare, served
+from schoolhouse.data import choose, prepare, served
 from schoolhouse.data import store as stores
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
@@ -312,7 +312,7 @@ def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
 def test_validation_loss_is_the_plain_loss(run: Path, recipe: Recipe, step: int) -> None:
     """Before and after: the same as one row at a time through transformers' own forward, to float32."""
     serving = served.serving(recipe.model, places.model_directory(recipe.model.path))
-    rows = prepare.prepare(recipe.data, recipe.data.validation, serving, served.rules(recipe))
+    rows = prepare.prepare(recipe.data, choose.choices(recipe)["validation"], serving, served.rules(recipe))
     wanted, _ = plain_gradient(student(run if step else None), [rows[index] for index in range(len(rows))])
     found = [one for one in records(run) if one.get("name") == "validation" and one["step"] == step]
     assert found[0]["loss"] == pytest.approx(wanted, rel=1e-5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NaturalInt = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
@@ -47,6 +47,9 @@ class Source(Rows):
     """A `.jsonl`, `.json`, `.parquet` or `.csv` file, a saved data set, `starter/…`, or a hub `name:config:split`."""
     limit: PositiveInt | None = None
     """Read only this many rows, from the beginning."""
+    proportion: PositiveFloat | None = None
+    """Its part in a mixture: 3 beside 1 makes three rows of four. As many rows are drawn as there are without taking
+    one twice. Unset, for all sources: every row."""
 
 
 def _source(value: object) -> object:
@@ -63,6 +66,17 @@ AnySources = Annotated[
     tuple[AnySource, ...], Field(min_length=1),
     BeforeValidator(_sources, json_schema_input_type=Source | str | _SourceList),
 ]
+HeldOut = Annotated[float, Field(gt=0, lt=1, strict=True)]
+
+
+def _sources_or_share(value: object) -> str:
+    return "one-of-share" if isinstance(value, int | float) else "one-of-sources"
+
+
+SourcesOrShare = Annotated[
+    Annotated[AnySources, Tag("one-of-sources")] | Annotated[HeldOut, Tag("one-of-share")],
+    Discriminator(_sources_or_share),
+]
 
 
 class Data(Rows):
@@ -70,18 +84,36 @@ class Data(Rows):
 
     train: AnySources
     """One source or a list of sources; a source is a path, or a mapping when it needs settings of its own."""
-    validation: AnySources | None = None
-    """Sources whose loss is measured during training."""
+    limit: PositiveInt | None = None
+    """Teach at most this many rows, drawn by the seed from all sources; a source's own limit takes its first ones."""
+    validation: SourcesOrShare | None = None
+    """Sources whose loss is measured during training; or the share of the rows of `train` that is held out for it, such
+    as 0.05, drawn by the seed and the content, so that equal rows stand on the same side."""
     supervise: Literal["every", "last", "marked"] = "every"
     """Which assistant messages are learnt: all, the last one, or those that the data marks with a weight."""
     max_tokens: PositiveInt | None = None
     """The longest example, in tokens. Unset: `batch.tokens`."""
     too_long: Literal["error", "drop", "turns"] = "error"
     """What happens to a longer one: stop, drop the row, or cut whole turns from its end. All are counted."""
+    on_error: Annotated[str, Field(pattern=r"^(stop|skip:\d{1,3}(\.\d+)?%)$")] = "stop"
+    """What happens when rows are bad: stop, or set up to this share of them aside, e.g. `skip:0.1%`, in `bad.jsonl`."""
     workers: NaturalInt = 0
     """Processes that prepare the rows. 0: one for each core."""
     cache: str | None = None
     """Where prepared data is kept. Unset: `$XDG_CACHE_HOME/schoolhouse`."""
+
+    @model_validator(mode="after")
+    def _mixed(self) -> Data:
+        held_out = self.validation if isinstance(self.validation, tuple) else ()
+        for name, sources in (("train", self.train), ("validation", held_out)):
+            if len({source.proportion is None for source in sources}) > 1:
+                raise ValueError(f"either all sources of {name} have a proportion, or none")
+        return self
+
+    @property
+    def bad_share(self) -> float:
+        """The share of the rows, from 0 to 1, that may be bad."""
+        return 0.0 if self.on_error == "stop" else float(self.on_error[len("skip:"):-1]) / 100
 
 
 class Model(Section):
@@ -250,6 +282,8 @@ class Recipe(Section):
             raise ValueError(f"data.max_tokens ({longest}) must not exceed batch.tokens ({self.batch.tokens})")
         if self.validation.every and self.data.validation is None:
             raise ValueError("validation.every needs data.validation")
+        if self.exam.data is not None and self.exam.data.proportion is not None:
+            raise ValueError("exam.data is asked as a whole: it has no proportion")
         if self.exam.every and self.exam.data is None:
             raise ValueError("exam.every needs exam.data")
         return self

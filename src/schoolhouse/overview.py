@@ -5,44 +5,42 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from schoolhouse.config import Recipe, Source
+from schoolhouse.config import Recipe
+from schoolhouse.data import choose, prepare, served, show
 from schoolhouse.data import plan as plans
-from schoolhouse.data import prepare, served, show
 from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
 from schoolhouse.screen import Screen
+from schoolhouse.types import Conversation
 
 LONGEST = 5
 
 
 def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]:
     """Prepare all sources of a recipe and describe them; what `check --json` prints."""
-    train = prepared(recipe, recipe.data.train, serving, screen)
-    held_out = recipe.data.validation
+    stores = {}
+    for name, choice in choose.choices(recipe).items():
+        with screen.counting(f"preparing {name}") as progress:
+            stores[name] = prepare.prepare(recipe.data, choice, serving, served.rules(recipe), progress)
+    train, validation = stores["train"], stores.get("validation")
     plan = plans.plan(train, recipe)
     first = plan.step(1)
     return {
         "train": ledger(train),
-        "validation": ledger(prepared(recipe, held_out, serving, screen)) if held_out else None,
+        "validation": ledger(validation) if validation else None,
         "steps": recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch,
         "steps_per_epoch": plan.steps_per_epoch,
         "micro_batches": len(first.packs),
         "prepared": str(train.directory),
     }
-
-
-def prepared(recipe: Recipe, which: Sequence[Source], serving: Serving, screen: Screen) -> Store:
-    """The store of these sources, with a progress line while it is made."""
-    with screen.counting("preparing") as progress:
-        return prepare.prepare(recipe.data, which, serving, served.rules(recipe), progress)
 
 
 def ledger(store: Store) -> dict[str, Any]:
@@ -67,12 +65,23 @@ def shown_rows(
     decode = functools.partial(
         model.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-    for settings, (origin, row) in itertools.islice(prepare.rows_of(recipe.data, recipe.data.train), first, end):
-        if isinstance(row, DataError):
-            raise row
-        encoded = model.encode(row, settings, origin, rules)
-        if encoded is not None:
-            yield from show.to_json(encoded, decode, special)
+    for conversation in itertools.islice(_taught(recipe), first, end):
+        try:
+            yield from show.to_json(model.encode_conversation(conversation, rules), decode, special)
+        except DataError:
+            if not recipe.data.bad_share:
+                raise
+
+
+def _taught(recipe: Recipe) -> Iterator[Conversation]:
+    """The conversations of the training rows; bad ones are passed over where the recipe sets them aside."""
+    choice = choose.choices(recipe)["train"]
+    for settings, (origin, row) in prepare.rows_of(recipe.data, choice):
+        said = prepare.conversation_of(row, settings, origin)
+        if isinstance(said, DataError) and not recipe.data.bad_share:
+            raise said
+        if isinstance(said, Conversation) and choice.holds(said):
+            yield said
 
 
 def print_overview(found: dict[str, Any]) -> None:

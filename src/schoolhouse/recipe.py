@@ -184,7 +184,7 @@ def _config_error(error: ValidationError, path: Path, places: Mapping[Key, str])
 
 def _fault(one: Mapping[str, Any], path: Path, places: Mapping[Key, str]) -> tuple[str, str, str, str]:
     """One mistake as found, where, required, remedy."""
-    key = tuple(part for part in one["loc"] if isinstance(part, int) or not part.startswith("function-"))
+    key = tuple(part for part in one["loc"] if isinstance(part, int) or not part.startswith(("function-", "one-of-")))
     where = _place(key, path, places)
     if one["type"] == "extra_forbidden":
         near = _nearest_key(key)

@@ -21,8 +21,8 @@ from schoolhouse import checkpoint, evaluate, graders, optim, overview, places
 from schoolhouse import recipe as recipes
 from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Recipe
+from schoolhouse.data import account, choose, prepare, served
 from schoolhouse.data import plan as plans
-from schoolhouse.data import prepare, served
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
@@ -126,9 +126,9 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh) -> Run:
     today = datetime.date.fromisoformat(previous["date"]) if previous else datetime.date.today()
     serving, rules = served.serving(recipe.model, directory, today), served.rules(recipe)
     with screen.counting("preparing") as progress:
-        store = prepare.prepare(recipe.data, recipe.data.train, serving, rules, progress)
-        held_out = recipe.data.validation
-        validation = prepare.prepare(recipe.data, held_out, serving, rules, progress) if held_out else None
+        stores = {name: prepare.prepare(recipe.data, choice, serving, rules, progress)
+                  for name, choice in choose.choices(recipe).items()}
+    store, validation = stores["train"], stores.get("validation")
     model = served.load(serving)
     torch.manual_seed(recipe.seed)
     student = load.load(directory, recipe.model, load.device(recipe.device, mesh.place.local), mesh, recipe.lora)
@@ -192,6 +192,8 @@ def _describe(run: Run, recipe: Recipe, rules: served.Rules) -> None:
         "train": overview.ledger(run.store),
         "validation": overview.ledger(run.validation) if run.validation else None,
     })
+    for name in (account.DROPPED, account.BAD):
+        run.record.write_text(name, (run.store.directory / name).read_text(encoding="utf-8"))
     shown = itertools.islice(overview.shown_rows(recipe, run.served, rules), SHOWN_ROWS)
     run.record.write_text("examples.jsonl", "")
     run.record.append("examples.jsonl", *shown)

@@ -112,6 +112,8 @@ class EncodedRow:
     examples: tuple[Example, ...]
     cut_turns: int = 0
     """Supervised turns cut from the end because the row was too long."""
+    longest: int = 0
+    """Tokens of the longest sequence before anything was cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,7 @@ class Ledger:
     """Every row accounted for: `rows == kept + sum(dropped)`, and kept rows by verdict."""
 
     rows: int
+    """Rows drawn from the sources."""
     verdicts: Mapping[str, int]
     """Rows kept, by verdict."""
     dropped: Mapping[str, int]
@@ -216,7 +219,9 @@ class Ledger:
     tokens: int
     supervised_tokens: int
     by_source: Mapping[str, int] = field(default_factory=dict)
-    """Rows read, by source."""
+    """Rows drawn, by source."""
+    not_drawn: Mapping[str, int] = field(default_factory=dict)
+    """Rows that a proportion or a limit left in their source, by source; no part of `rows`."""
 
     @property
     def kept(self) -> int:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from schoolhouse.config import Data, Source
 from schoolhouse.data import prepare, served
+from schoolhouse.data.choose import Choice
 from schoolhouse.data.store import Store
 from schoolhouse.errors import TemplateError
 
@@ -45,7 +46,7 @@ def prepared(shared: Path, model: str, rows: list[Row], place: Path) -> Store:
     source = Source(path=str(place / "rows.jsonl"))
     data = Data(train=(source,), workers=1, cache=str(place / "cache"))
     serving = served.Serving(shared / "tokenizers" / model, None, "{}", (), datetime.date(2026, 1, 1))
-    return prepare.prepare(data, (source,), serving, RULES)
+    return prepare.prepare(data, Choice((source,)), serving, RULES)
 
 
 def check(shared: Path, model: str, rows: list[Row], place: Path) -> Store:

@@ -34,7 +34,7 @@ def encoded(taught: list[Turn]) -> list[encode.Ids]:
 
 def examples(taught: list[Turn], **how) -> tuple[tuple[Example, ...], int]:
     how = {"max_tokens": 10_000, "too_long": "error", **how}
-    return encode.to_examples(taught, encoded(taught), STOP_IDS, ORIGIN, **how)
+    return encode.to_examples(taught, encoded(taught), STOP_IDS, ORIGIN, **how)[:2]
 
 
 def learnt(found: tuple[Example, ...]) -> list[tuple[list[int], list[int], set[float]]]:

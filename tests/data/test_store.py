@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from schoolhouse import places
 from schoolhouse.config import Model, Recipe
-from schoolhouse.data import loader, prepare, served, store
+from schoolhouse.data import choose, loader, prepare, served, store
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError, SchoolhouseError
@@ -147,7 +147,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> Path:
 
 
 def prepared(recipe: Recipe, serving: served.Serving) -> Store:
-    return prepare.prepare(recipe.data, recipe.data.train, serving, served.rules(recipe))
+    return prepare.prepare(recipe.data, choose.choices(recipe)["train"], serving, served.rules(recipe))
 
 
 def test_worker_processes_change_nothing(
@@ -210,7 +210,7 @@ def fingerprint(path: Path, changed: dict[str, dict]) -> str:
     settings = {"model": "starter/qwen3", **changed, "data": {"train": str(path), **changed.get("data", {})}}
     recipe = Recipe.model_validate(settings)
     serving = served.serving(recipe.model, places.model_directory("starter/qwen3"))
-    return prepare._fingerprint(recipe.data, recipe.data.train, serving, served.rules(recipe))
+    return prepare._fingerprint(recipe.data, choose.choices(recipe)["train"], serving, served.rules(recipe))
 
 
 def test_bad_rows_are_named_and_nothing_is_kept(tmp_path: Path, serving: served.Serving) -> None:

@@ -16,6 +16,13 @@ Ids = tuple[list[int], list[int]]
 TooLong = Literal["error", "drop", "turns"]
 
 
+class TooLongError(DataError):
+    """A row has more tokens than an example may have."""
+
+    tokens = 0
+    """What it has; a worker process counts them and hands the error on without."""
+
+
 @dataclass(slots=True)
 class _Sequence:
     """Tokens of turns that continue one another, before they become an example."""
@@ -42,24 +49,27 @@ class _Sequence:
 def to_examples(
     turns: Sequence[Turn], ids: Sequence[Ids], stop_ids: Collection[int], origin: Origin,
     *, max_tokens: int, too_long: TooLong,
-) -> tuple[tuple[Example, ...], int]:
-    """The examples of a row and the number of turns cut; no example where the row is to be dropped.
+) -> tuple[tuple[Example, ...], int, int]:
+    """The examples of a row, the number of turns cut, and the tokens of the longest sequence before any was.
+
+    There is no example where the row is to be dropped.
 
     A turn continues the example before it when that example's tokens are a prefix of its prompt's tokens, which is
     what a serving engine with a prefix cache would find; otherwise it begins a new one.
     """
     sequences = _merge(turns, ids, stop_ids, origin)
+    longest = max((sequence.ends[-1] - 1 for sequence in sequences), default=0)
     examples, cut = [], 0
     for sequence in sequences:
         fitting = [end for end in sequence.ends if end - 1 <= max_tokens]
         if len(fitting) < len(sequence.ends) and too_long != "turns":
             if too_long == "error":
-                raise _too_long(sequence.ends[-1] - 1, max_tokens, origin)
-            return (), 0
+                raise _too_long(longest, max_tokens, origin)
+            return (), 0, longest
         cut += len(sequence.ends) - len(fitting)
         if fitting:
             examples.append(sequence.example(fitting[-1], origin))
-    return tuple(examples), cut
+    return tuple(examples), cut, longest
 
 
 def _merge(
@@ -86,10 +96,12 @@ def _check_stop(completion: list[int], stop_ids: Collection[int], turn: Turn, or
         )
 
 
-def _too_long(tokens: int, max_tokens: int, origin: Origin) -> DataError:
-    return DataError(
+def _too_long(tokens: int, max_tokens: int, origin: Origin) -> TooLongError:
+    error = TooLongError(
         f"the row has {tokens} tokens, more than {max_tokens}",
         required="rows that fit in data.max_tokens (unset: batch.tokens)",
         where=str(origin),
         remedy="raise them, or set data.too_long to `drop` or `turns` (cuts whole turns from the end)",
     )
+    error.tokens = tokens
+    return error

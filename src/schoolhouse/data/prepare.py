@@ -14,26 +14,24 @@ import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from schoolhouse import places
 from schoolhouse.config import Data, Rows, Source
-from schoolhouse.data import formats, served, sources, store, tokens
+from schoolhouse.data import account, choose, formats, served, sources, store, tokens
+from schoolhouse.data.account import Tally
+from schoolhouse.data.choose import Choice
 from schoolhouse.data.served import Rules, Serving
 from schoolhouse.errors import ConfigError, DataError
-from schoolhouse.types import EncodedRow, Ledger, Origin
+from schoolhouse.types import Conversation, Origin, Turn
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same row would become other tokens: it is part of every store's fingerprint."""
 CHUNK = 256
 """Rows that travel to a worker together."""
 SMALL = 2048
 """Up to this many rows, starting worker processes costs more than it saves."""
-SHOWN_FAULTS = 5
 
 Row = tuple[Origin, dict[str, Any] | DataError]
 Chunk = tuple[Rows, list[Row]]
@@ -41,56 +39,33 @@ Progress = Callable[[int], None]
 """Called with the number of rows done."""
 
 
-@dataclass(slots=True)
-class Tally:
-    """Counts over rows; adding two is exact."""
-
-    rows: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By source."""
-    verdicts: Counter[str] = dataclasses.field(default_factory=Counter)
-    counts: Counter[str] = dataclasses.field(default_factory=Counter)
-    dropped: list[tuple[Origin, str]] = dataclasses.field(default_factory=list)
-    faults: list[DataError] = dataclasses.field(default_factory=list)
-
-    def add(self, other: Tally) -> None:
-        """Count the rows of another tally too."""
-        self.rows.update(other.rows)
-        self.verdicts.update(other.verdicts)
-        self.counts.update(other.counts)
-        self.dropped += other.dropped
-        self.faults += other.faults
-
-    def ledger(self) -> Ledger:
-        """The counts as the ledger that is kept; rows in and out are equal, or this program is wrong."""
-        reasons = dict(Counter(reason for _, reason in self.dropped))
-        ledger = Ledger(
-            rows=self.rows.total(), verdicts=dict(self.verdicts), dropped=reasons, by_source=dict(self.rows),
-            **{name: self.counts[name] for name in _COUNTED},
-        )
-        assert ledger.rows == ledger.kept + sum(reasons.values()), ledger
-        return ledger
-
-
-_COUNTED = ("cut", "examples", "turns", "stopped_turns", "tokens", "supervised_tokens")
-
-
 def prepare(
-    data: Data, which: Sequence[Source], serving: Serving, rules: Rules, progress: Progress = lambda rows: None
+    data: Data, choice: Choice, serving: Serving, rules: Rules, progress: Progress = lambda rows: None
 ) -> store.Store:
-    """The store of these sources: found in the cache, or made there. Raises DataError naming the first bad rows."""
+    """The store of these rows: found in the cache, or made there. Raises DataError naming the first bad rows."""
     assert multiprocessing.parent_process() is None, "call this below `if __name__ == '__main__':`, workers import you"
-    fingerprint = _fingerprint(data, which, serving, rules)
+    fingerprint = _fingerprint(data, choice, serving, rules)
     place = places.cache_directory(data.cache) / "stores" / fingerprint[:32]
-    build = functools.partial(_build, data, which, serving, rules, fingerprint, progress)
+    build = functools.partial(_build, data, choice, serving, rules, fingerprint, progress)
     return store.open_store(places.built_once(place, build))
 
 
-def rows_of(data: Data, which: Sequence[Source]) -> Iterator[tuple[Rows, Row]]:
-    """Every row of the sources, each with the settings that make it a conversation."""
-    for source in which:
-        rows = row_settings(data, source)
-        for row in sources.read(source):
-            yield rows, row
+def rows_of(data: Data, choice: Choice, not_drawn: Counter[str] | None = None) -> Iterator[tuple[Rows, Row]]:
+    """Every row that is drawn from the sources, each with the settings that make it a conversation.
+
+    Where some are not drawn, all sources are read twice: once to count their rows.
+    """
+    every = [itertools.repeat(True)] * len(choice.sources)
+    if choice.draws:
+        counts = [sum(1 for _ in sources.read(source)) for source in choice.sources]
+        every = list(choose.drawn(choice, counts))
+    for source, chosen in zip(choice.sources, every, strict=True):
+        settings = row_settings(data, source)
+        for taken, row in zip(chosen, sources.read(source), strict=False):
+            if taken:
+                yield settings, row
+            elif not_drawn is not None:
+                not_drawn[sources.describe(source)] += 1
 
 
 def row_settings(data: Data, source: Source) -> Rows:
@@ -101,25 +76,16 @@ def row_settings(data: Data, source: Source) -> Rows:
 
 
 def _build(
-    data: Data, which: Sequence[Source], serving: Serving, rules: Rules, fingerprint: str, progress: Progress,
-    directory: Path,
+    data: Data, choice: Choice, serving: Serving, rules: Rules, fingerprint: str, progress: Progress, directory: Path
 ) -> None:
-    names = list(dict.fromkeys(sources.describe(source) for source in which))
-    writer, tally = store.Writer(directory), Tally()
-    chunks = _chunks(rows_of(data, which))
-    for arrays, counted in _map(functools.partial(_encode_chunk, serving, rules, names), chunks, data.workers):
+    names = list(dict.fromkeys(sources.describe(source) for source in choice.sources))
+    writer, kept, not_drawn = store.Writer(directory), account.Account(directory), Counter()
+    work = functools.partial(_encode_chunk, serving, rules, dataclasses.replace(choice, sources=()), names)
+    for arrays, counted in _map(work, _chunks(rows_of(data, choice, not_drawn)), data.workers):
         writer.append(arrays)
-        tally.add(counted)
-        progress(tally.rows.total())
-    if tally.faults:
-        raise _faulty(tally)
-    ledger = tally.ledger()
-    if not ledger.examples:
-        raise _nothing_left(ledger, names)
-    with (directory / "dropped.jsonl").open("w", encoding="utf-8") as file:
-        for origin, reason in tally.dropped:
-            file.write(json.dumps({"source": origin.source, "row": origin.row, "reason": reason}) + "\n")
-    writer.close(fingerprint, ledger, names)
+        kept.add(counted)
+        progress(kept.total.rows.total())
+    writer.close(fingerprint, kept.close(data, not_drawn), names)
 
 
 def _chunks(rows: Iterable[tuple[Rows, Row]]) -> Iterator[Chunk]:
@@ -155,88 +121,71 @@ def _alone() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _encode_chunk(serving: Serving, rules: Rules, names: Sequence[str], chunk: Chunk) -> tuple[store.Arrays, Tally]:
-    """Encode the rows of a chunk; their texts are tokenized together, each distinct text once."""
+def _encode_chunk(
+    serving: Serving, rules: Rules, choice: Choice, names: Sequence[str], chunk: Chunk
+) -> tuple[store.Arrays, Tally]:
+    """Encode the rows of a chunk; their texts are tokenized together, what they share once."""
     model, (settings, rows), tally = served.load(serving), chunk, Tally()
     ready = []
     for origin, row in rows:
-        tally.rows[origin.source] += 1
         try:
-            ready += _turns_of(model, row, settings, origin, rules, tally)
+            taught = _taught(model, row, settings, origin, rules, choice, tally)
         except DataError as error:
-            tally.faults.append(error)
-    taught_turns = [turn for _, taught in ready for turn in taught]
-    texts = list(dict.fromkeys(text for turn in taught_turns for text in (turn.prompt, turn.completion)))
-    known = dict(zip(texts, model.tokenize(texts), strict=True))
+            tally.fault(origin, error, row)
+        else:
+            ready += [] if taught is None else [(*taught, row)]
     examples = []
-    for conversation, taught in ready:
-        try:
-            row = model.to_row(conversation, taught, rules, lambda wanted: [known[text] for text in wanted])
-        except DataError as error:
-            tally.faults.append(error)
-            continue
-        _count(row, model.stops.ids, tally)
-        examples += row.examples
+    encoded = model.to_rows([(conversation, turns) for conversation, turns, _ in ready], rules)
+    for found, (conversation, _, row) in zip(encoded, ready, strict=True):
+        if isinstance(found, DataError):
+            tally.fault(conversation.origin, found, row)
+        else:
+            tally.keep(found, model.stops.ids)
+            examples += found.examples
     return store.to_arrays(examples, names), tally
 
 
-def _turns_of(
-    model: served.Served, row: dict[str, Any] | DataError, settings: Rows, origin: Origin, rules: Rules, tally: Tally
-) -> list[tuple[Any, Any]]:
-    """The row's conversation with its turns, as a list of one; empty where it is dropped, with the reason tallied."""
+def _taught(
+    model: served.Served, row: dict[str, Any] | DataError, settings: Rows, origin: Origin, rules: Rules, choice: Choice,
+    tally: Tally,
+) -> tuple[Conversation, Sequence[Turn]] | None:
+    """The row's conversation with its turns; None where it is dropped, or stands on the other side.
+
+    What is no conversation has no side of its own, and is counted in training.
+    """
+    found = conversation_of(row, settings, origin)
+    mine = choice.holds(found) if isinstance(found, Conversation) else choice.side == "train"
+    if choice.side == "validation" and not mine:
+        return None
+    tally.rows[origin.source] += 1
+    if isinstance(found, DataError):
+        raise found
+    if found is None:
+        return tally.drop(origin, "your function returned None")
+    if not mine:
+        return tally.drop(origin, account.HELD_OUT)
+    turns = model.to_turns(found, rules.supervise)
+    return (found, turns) if turns else tally.drop(origin, "nothing to learn: every answer has weight 0")
+
+
+def conversation_of(row: dict[str, Any] | DataError, settings: Rows, origin: Origin) -> Conversation | DataError | None:
+    """The row's conversation, or what is wrong with it; None where the user's function dropped it."""
     if isinstance(row, DataError):
-        raise row
-    conversation = formats.to_conversation(row, settings, origin)
-    if conversation is None:
-        tally.dropped.append((origin, "your function returned None"))
-        return []
-    taught = model.to_turns(conversation, rules.supervise)
-    if not taught:
-        tally.dropped.append((origin, "nothing to learn: every answer has weight 0"))
-        return []
-    return [(conversation, taught)]
+        return row
+    try:
+        return formats.to_conversation(row, settings, origin)
+    except DataError as error:
+        return error
 
 
-def _count(row: EncodedRow, stop_ids: Sequence[int], tally: Tally) -> None:
-    origin = row.conversation.origin
-    if not row.examples:
-        tally.dropped.append((origin, "longer than data.max_tokens"))
-        return
-    tally.verdicts[row.verdict] += 1
-    tally.counts.update(
-        cut=int(row.cut_turns > 0), examples=len(row.examples), turns=len(row.turns) - row.cut_turns,
-        stopped_turns=sum(int(np.isin(example.labels, stop_ids).sum()) for example in row.examples),
-        tokens=sum(len(example.input_ids) for example in row.examples),
-        supervised_tokens=sum(example.supervised for example in row.examples),
-    )
-
-
-def _faulty(tally: Tally) -> DataError:
-    """All bad rows as one error: the first in full, the next few by place, and how many there are."""
-    first, others = tally.faults[0], tally.faults[1:]
-    if not others:
-        return first
-    listed = "".join(f"\n{fault.where}: {fault.found:.120}" for fault in others[: SHOWN_FAULTS - 1])
-    return type(first)(
-        f"{first.found} ({len(tally.faults)} of {tally.rows.total()} rows are bad)",
-        required=first.required, where=first.where, remedy=first.remedy + listed,
-    )
-
-
-def _nothing_left(ledger: Ledger, names: Sequence[str]) -> DataError:
-    return DataError(
-        f"of {ledger.rows} rows none is left to learn: {json.dumps(ledger.dropped)}",
-        required="at least one example", where=", ".join(names),
-        remedy="look at a few rows with `schoolhouse show`; see data.max_tokens, data.too_long, data.supervise",
-    )
-
-
-def _fingerprint(data: Data, which: Sequence[Source], serving: Serving, rules: Rules) -> str:
+def _fingerprint(data: Data, choice: Choice, serving: Serving, rules: Rules) -> str:
     """What decides the content of a store, as one hash: rows, their settings, tokenizer, template, rules, version."""
-    settings = [row_settings(data, source) for source in which]
+    settings = [row_settings(data, source) for source in choice.sources]
+    drawn = dataclasses.replace(choice, sources=(), seed=choice.seed if choice.draws or choice.held_out else 0)
     parts = {
         "version": VERSION,
-        "sources": [[sources.describe(source), sources.fingerprint(source)] for source in which],
+        "sources": [[sources.describe(source), sources.fingerprint(source)] for source in choice.sources],
+        "choice": [dataclasses.asdict(drawn), [source.proportion for source in choice.sources], data.on_error],
         "rows": [one.model_dump() for one in settings],
         "functions": [_function_hash(one.function) for one in settings if one.function],
         "rules": dataclasses.asdict(rules),
@@ -246,15 +195,15 @@ def _fingerprint(data: Data, which: Sequence[Source], serving: Serving, rules: R
 
 
 def serving_fingerprint(serving: Serving) -> str:
-    """A hash of the tokenizer's files, the template with its arguments, and the stop tokens."""
-    digest = hashlib.sha256()
+    """A hash of the tokenizer's files, the template with its arguments, the stop tokens and the vocabulary's size."""
+    digest, size = hashlib.sha256(), tokens.vocabulary(serving.directory)
     template = [Path(serving.chat_template)] if serving.chat_template else []
     for path in [*(serving.directory / name for name in tokens.FILES), *template]:
         content = path.read_bytes() if path.is_file() else str(path.name).encode()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
         if b"strftime_now" in content:
             digest.update(str(serving.today).encode())
-    digest.update(json.dumps([serving.template_arguments, serving.stop_tokens]).encode())
+    digest.update(json.dumps([serving.template_arguments, serving.stop_tokens, size]).encode())
     return digest.hexdigest()
 
 

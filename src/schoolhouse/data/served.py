@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from schoolhouse.data import encode, formats, tokens, turns
 from schoolhouse.data.template import Template, compile_template, template_source
 from schoolhouse.data.tokens import Stops
 from schoolhouse.errors import DataError
-from schoolhouse.types import Conversation, EncodedRow, Origin, Turn, Verdict
+from schoolhouse.types import Conversation, EncodedRow, Example, Origin, Turn, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +51,8 @@ class Served:
     tokenizer: PreTrainedTokenizerBase
     template: Template
     stops: Stops
+    vocabulary: int | None = None
+    """The number of the model's embeddings, where its configuration tells it."""
 
     def prompt(self, conversation: Conversation, messages: int) -> str:
         """The text shown before the assistant writes message number `messages` (counted from 0)."""
@@ -78,24 +80,33 @@ class Served:
     def _row(
         self, conversation: Conversation, taught: Sequence[Turn], ids: Sequence[encode.Ids], rules: Rules
     ) -> EncodedRow:
-        examples, cut = encode.to_examples(
+        examples, cut, longest = encode.to_examples(
             taught, ids, self.stops.ids, conversation.origin, max_tokens=rules.max_tokens, too_long=rules.too_long,
         )
-        return EncodedRow(conversation, _verdict(taught, len(examples)), tuple(taught), examples, cut)
+        self._check_vocabulary(examples, conversation.origin)
+        return EncodedRow(conversation, _verdict(taught, len(examples)), tuple(taught), examples, cut, longest)
 
-    def to_row(
-        self, conversation: Conversation, taught: Sequence[Turn], rules: Rules,
-        tokenize: Callable[[Sequence[str]], list[list[int]]],
-    ) -> EncodedRow:
-        """As `to_rows`, for one row whose texts are tokenized elsewhere, each alone."""
-        texts = tokenize([text for turn in taught for text in (turn.prompt, turn.completion)])
-        return self._row(conversation, taught, list(zip(texts[::2], texts[1::2], strict=True)), rules)
+    def _check_vocabulary(self, examples: Sequence[Example], origin: Origin) -> None:
+        """Each token must have an embedding: a tokenizer of another model may have more."""
+        for example in examples:
+            largest = max(int(example.input_ids.max(initial=0)), int(example.labels.max(initial=0)))
+            if self.vocabulary is not None and largest >= self.vocabulary:
+                text = self.tokenizer.decode([largest])
+                raise DataError(
+                    f"token {largest} ({text!r}) has no embedding: the tokenizer is another model's",
+                    required=f"tokens below {self.vocabulary}, the vocab_size in config.json",
+                    where=str(origin), remedy="put the model's own tokenizer files into its directory",
+                )
 
     def encode(self, row: Mapping[str, Any], rows: Rows, origin: Origin, rules: Rules) -> EncodedRow | None:
         """One raw row all the way; None where the user's own function dropped it."""
         conversation = formats.to_conversation(dict(row), rows, origin)
         if conversation is None:
             return None
+        return self.encode_conversation(conversation, rules)
+
+    def encode_conversation(self, conversation: Conversation, rules: Rules) -> EncodedRow:
+        """The examples of one conversation; raises DataError where it cannot be taught."""
         encoded = next(self.to_rows([(conversation, self.to_turns(conversation, rules.supervise))], rules))
         if isinstance(encoded, DataError):
             raise encoded
@@ -123,7 +134,8 @@ def load(serving: Serving) -> Served:
     source = template_source(serving.chat_template, own, str(serving.directory))
     variables = {**tokenizer.special_tokens_map, **json.loads(serving.template_arguments)}
     stops = tokens.stop_tokens(serving.directory, tokenizer, serving.stop_tokens)
-    return Served(tokenizer, compile_template(source, variables, serving.today), stops)
+    template = compile_template(source, variables, serving.today)
+    return Served(tokenizer, template, stops, tokens.vocabulary(serving.directory))
 
 
 def _verdict(taught: Sequence[Turn], examples: int) -> Verdict:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schoolhouse.data import pieces
-from schoolhouse.errors import ConfigError
+from schoolhouse.errors import ConfigError, DataError
 from schoolhouse.types import Turn
 
 if TYPE_CHECKING:
@@ -122,11 +122,18 @@ def stop_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase, named: Sequ
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
     texts = [added.get(token) or tokenizer.decode([token]) for token in ids]
     if "" in texts:
-        raise ConfigError(
+        raise DataError(
             f"the tokenizer has no token {ids[texts.index('')]}", required="stop tokens of the tokenizer's vocabulary",
             where=f"eos_token_id in {directory / 'generation_config.json'}", remedy="set model.stop_tokens",
         )
     return Stops(tuple(ids), tuple(texts), tuple(text for text in added.values() if text not in texts))
+
+
+def vocabulary(directory: Path) -> int | None:
+    """The number of embeddings that the model's configuration tells; those of several models tell it in a part."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
