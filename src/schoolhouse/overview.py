@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from schoolhouse.config import Recipe
-from schoolhouse.data import choose, prepare, served, show
+from schoolhouse.data import account, choose, prepare, served, show
 from schoolhouse.data import plan as plans
 from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
 from schoolhouse.screen import Screen
-from schoolhouse.types import Conversation
+from schoolhouse.types import Conversation, Example
 
 LONGEST = 5
 
@@ -32,27 +35,72 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
             stores[name] = prepare.prepare(recipe.data, choice, serving, served.rules(recipe), progress)
     train, validation = stores["train"], stores.get("validation")
     plan = plans.plan(train, recipe)
-    first = plan.step(1)
     return {
         "train": ledger(train),
         "validation": ledger(validation) if validation else None,
+        "duplicates": duplicates(train, validation),
         "steps": recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch,
         "steps_per_epoch": plan.steps_per_epoch,
-        "micro_batches": len(first.packs),
+        "micro_batches": len(plan.step(1).packs),
         "prepared": str(train.directory),
+        "in_force": [{"what": what, "value": value} for what, value in _in_force(recipe, served.load(serving)).items()],
     }
 
 
 def ledger(store: Store) -> dict[str, Any]:
-    """The ledger of a store with what follows from it: kept rows, the share of stopped turns, lengths."""
+    """The ledger of a store with what follows from it: kept rows, the share of stopped turns, lengths, costs."""
     counted = store.ledger
     counts, edges = np.histogram(store.lengths, bins=min(20, int(store.lengths.max())))
     longest = np.argsort(-store.lengths, kind="stable")[:LONGEST]
     return {
         **dataclasses.asdict(counted), "kept": counted.kept, "stop_share": counted.stopped_turns / counted.turns,
-        "fingerprint": store.fingerprint,
+        "split_cost": split_cost(store), "fingerprint": store.fingerprint,
         "lengths": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
         "longest": [{"row": str(store[int(one)].origin), "tokens": int(store.lengths[one])} for one in longest],
+        "files": {name: str(store.directory / name) for name in (account.DROPPED, account.BAD)},
+    }
+
+
+def split_cost(store: Store) -> float:
+    """How many times as many tokens are computed as if no row were split: 1 where each row is one example."""
+    place = np.stack([store.arrays["sources"], store.arrays["rows"]])
+    begins = np.flatnonzero(np.any(np.diff(place, prepend=-1), axis=0))
+    return float(store.lengths.sum() / np.maximum.reduceat(store.lengths, begins).sum())
+
+
+def duplicates(train: Store, validation: Store | None) -> dict[str, Any]:
+    """Examples whose tokens stand more than once: in training, and in validation though they are trained."""
+    seen = {_digest(train[index]) for index in range(len(train))}
+    held_out = [] if validation is None else [validation[index] for index in range(len(validation))]
+    both = [str(one.origin) for one in held_out if _digest(one) in seen]
+    return {"in_train": len(train) - len(seen), "in_both": len(both), "first": both[:LONGEST]}
+
+
+def _digest(example: Example) -> bytes:
+    content = example.input_ids.tobytes() + example.labels[-1:].tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _in_force(recipe: Recipe, model: Served) -> dict[str, str]:
+    """What the recipe comes to, in words, as far as it concerns the rows."""
+    data, arguments = recipe.data, json.dumps(recipe.model.template_arguments)
+    tool_use = "" if model.template.tool_use is model.template.default else "; tool_use serves rows with tools"
+    aside = "stop" if data.on_error == "stop" else f"at most {data.bad_share:.4g} of the rows are set aside"
+    held_out = ", ".join(one.path for one in data.validation) if isinstance(data.validation, tuple) else "none"
+    if isinstance(data.validation, float):
+        held_out = f"{data.validation:g} of the rows, drawn by seed {recipe.seed}"
+    return {
+        "student": recipe.model.path,
+        "chat template": (recipe.model.chat_template or "the tokenizer's own") + tool_use
+        + (f", with {arguments}" if recipe.model.template_arguments else ""),
+        "stop tokens": ", ".join(model.stops.texts),
+        "supervised": {"every": "every answer", "last": "the last answer of each row",
+                       "marked": "answers that the data marks"}[data.supervise],
+        "longest example": f"{recipe.max_tokens:,} tokens; longer rows: "
+        + {"error": "stop", "drop": "are dropped", "turns": "lose whole turns from their end"}[data.too_long],
+        "bad rows": aside,
+        "validation": held_out,
+        "step": f"{recipe.batch.examples:,} examples, in micro-batches of at most {recipe.batch.tokens:,} tokens",
     }
 
 
@@ -91,27 +139,45 @@ def print_overview(found: dict[str, Any]) -> None:
         if found[name] is not None:
             console.print(_ledger_table(name, found[name]))
             console.print(_histogram(found[name]))
+    console.print(_table("in force", [(row["what"], row["value"]) for row in found["in_force"]]))
     console.print(
         f"{found['steps']:,} steps, {found['steps_per_epoch']:,} an epoch; "
-        f"{found['micro_batches']} micro-batch(es) in the first step\nprepared: {found['prepared']}", soft_wrap=True
+        f"{found['micro_batches']} micro-batch(es) in the first step\n{_repeated(found['duplicates'])}\n"
+        f"prepared: {found['prepared']}", soft_wrap=True, markup=False,
     )
 
 
+def _repeated(found: dict[str, Any]) -> str:
+    both = f"{found['in_both']:,} of the validation examples are trained"
+    named = f" ({', '.join(found['first'])}{', …' if found['in_both'] > len(found['first']) else ''})"
+    return f"duplicates: {found['in_train']:,} in training; {both}{named if found['first'] else ''}"
+
+
 def _ledger_table(name: str, counted: dict[str, Any]) -> Table:
-    table = Table("", "", title=name, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("rows read", f"{counted['rows']:,}")
-    for source, rows in counted["by_source"].items():
-        table.add_row(f"  {source}", f"{rows:,}")
-    for verdict, rows in counted["verdicts"].items():
-        table.add_row(f"kept: {verdict}", f"{rows:,}")
-    for reason, rows in counted["dropped"].items():
-        table.add_row(f"dropped: {reason}", f"{rows:,}")
-    table.add_row("rows with turns cut", f"{counted['cut']:,}")
-    table.add_row("examples", f"{counted['examples']:,}")
-    table.add_row("tokens", f"{counted['tokens']:,}")
-    table.add_row("supervised tokens", f"{counted['supervised_tokens']:,}")
-    table.add_row("turns whose stop token is a target", f"{counted['stopped_turns']:,} of {counted['turns']:,}")
-    table.add_row("longest", ", ".join(f"{one['row']} ({one['tokens']:,})" for one in counted["longest"]))
+    files, left = counted["files"], counted["not_drawn"]
+    sources = [(f"  {source}", f"{rows:,}" + (f" ({left[source]:,} not drawn)" if source in left else ""))
+               for source, rows in counted["by_source"].items()]
+    dropped = [(f"dropped: {reason}", f"{rows:,}") for reason, rows in counted["dropped"].items()]
+    listed = [("  listed in", files[account.DROPPED])] if dropped else []
+    bad = any(reason.startswith("bad") for reason in counted["dropped"])
+    return _table(name, [
+        ("rows drawn", f"{counted['rows']:,}"), *sources,
+        *((f"kept: {verdict}", f"{rows:,}") for verdict, rows in counted["verdicts"].items()),
+        *dropped, *listed, *([("  bad rows in", files[account.BAD])] if bad else []),
+        ("rows with turns cut", f"{counted['cut']:,}"), ("examples", f"{counted['examples']:,}"),
+        ("tokens", f"{counted['tokens']:,}" + (f" (splitting costs {counted['split_cost']:.2f} times as many as rows "
+                                               "that stay whole)" if counted["split_cost"] > 1 else "")),
+        ("supervised tokens", f"{counted['supervised_tokens']:,}"),
+        ("turns whose stop token is a target",
+         f"{counted['stopped_turns']:,} of {counted['turns']:,} ({counted['stop_share']:.0%})"),
+        ("longest", ", ".join(f"{one['row']} ({one['tokens']:,})" for one in counted["longest"])),
+    ])
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table("", "", title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for what, value in rows:
+        table.add_row(Text(what), Text(value, overflow="fold"))
     return table
 
 

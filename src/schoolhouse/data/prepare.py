@@ -197,8 +197,7 @@ def _fingerprint(data: Data, choice: Choice, serving: Serving, rules: Rules) -> 
 def serving_fingerprint(serving: Serving) -> str:
     """A hash of the tokenizer's files, the template with its arguments, the stop tokens and the vocabulary's size."""
     digest, size = hashlib.sha256(), tokens.vocabulary(serving.directory)
-    template = [Path(serving.chat_template)] if serving.chat_template else []
-    for path in [*(serving.directory / name for name in tokens.FILES), *template]:
+    for path in served.files(serving):
         content = path.read_bytes() if path.is_file() else str(path.name).encode()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
         if b"strftime_now" in content:

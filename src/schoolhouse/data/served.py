@@ -126,9 +126,20 @@ def rules(recipe: Recipe) -> Rules:
     return Rules(recipe.data.supervise, recipe.max_tokens, recipe.data.too_long)
 
 
-@functools.lru_cache(maxsize=4)
+def files(serving: Serving) -> list[Path]:
+    """Everything on the disk that decides what a row becomes."""
+    template = [Path(serving.chat_template)] if serving.chat_template else []
+    return [*(serving.directory / name for name in tokens.FILES), *template]
+
+
 def load(serving: Serving) -> Served:
-    """Load the tokenizer and compile the template; once for each process."""
+    """Load the tokenizer and compile the template; once for each process, and again when a file has changed."""
+    stats = [path.stat() if path.is_file() else None for path in files(serving)]
+    return _load(serving, tuple(stat and (stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+@functools.lru_cache(maxsize=4)
+def _load(serving: Serving, _stamps: tuple) -> Served:
     tokenizer = tokens.load_tokenizer(serving.directory)
     own = tokens.own_template(serving.directory, tokenizer)
     source = template_source(serving.chat_template, own, str(serving.directory))
