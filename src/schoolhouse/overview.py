@@ -161,7 +161,7 @@ def _ledger_table(name: str, counted: dict[str, Any]) -> Table:
     listed = [("  listed in", files[account.DROPPED])] if dropped else []
     bad = any(reason.startswith("bad") for reason in counted["dropped"])
     return _table(name, [
-        ("rows drawn", f"{counted['rows']:,}"), *sources,
+        ("rows read", f"{counted['rows']:,}"), *sources,
         *((f"kept: {verdict}", f"{rows:,}") for verdict, rows in counted["verdicts"].items()),
         *dropped, *listed, *([("  bad rows in", files[account.BAD])] if bad else []),
         ("rows with turns cut", f"{counted['cut']:,}"), ("examples", f"{counted['examples']:,}"),

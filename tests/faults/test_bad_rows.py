@@ -83,7 +83,7 @@ def test_f15_a_line_that_is_too_long_is_never_held(place: Path, capsys) -> None:
 
 def test_f15_byte_order_marks_and_windows_line_ends_are_no_fault(place: Path, capsys) -> None:
     content = b"\xef\xbb\xbf" + lines(*GOOD).replace("\n", "\r\n").encode() + b"\r\n\r\n"
-    assert "rows drawn" in check(capsys, content, code=0)
+    assert "rows read" in check(capsys, content, code=0)
     [store] = stores()
     plain = (store / "input_ids.bin").read_bytes()
     shutil.rmtree("cache")
