@@ -149,6 +149,24 @@ def test_the_same_question_stands_on_both_sides(run: Run, text: str) -> None:
     assert all(answer in article for answer in pair)
 
 
+def test_a_played_conversation_stands_under_its_own_answer(tmp_path: Path) -> None:
+    """Each exam has its own history: only the last question is common, and no answer stands under another's history."""
+    directory = fake_run.write(tmp_path / "run")
+    shown = [{"role": "user", "content": "Mia has plums."}, {"role": "assistant", "content": "?"},
+             {"role": "user", "content": "And what has Mia?"}]
+    samples = [
+        {"step": step, "index": 0, "question": [shown[0], {"role": "assistant", "content": said}, shown[2]],
+         "reference": "plums", "answer": answer, "extracted": answer, "correct": correct}
+        for step, said, answer, correct in ((0, "untaught words", "none", False), (600, "taught words", "plums", True))
+    ]
+    (directory / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
+    question = page.to_html(read(directory)).split('<article class="question">')[1].split("</article>")[0]
+    top, before, after = question.split('<div class="answer ')
+    assert top.count("And what has Mia?") == 1 and "plums" not in top
+    assert "untaught words" in before and "none" in before and "And what has Mia?" not in before
+    assert "taught words" in after and "untaught" not in after and before.count("The conversation before") == 1
+
+
 def test_examples_are_coloured_by_show(run: Run, text: str) -> None:
     assert show.html(run.examples) in text
 

@@ -331,11 +331,17 @@ def _group(kind: str, found: Sequence[tuple[Answer, ...]], heads: Sequence[str],
 
 
 def _question(answered: Sequence[Answer], heads: Sequence[str]) -> Html:
-    """A question with its answers side by side, and the reference below."""
-    columns = [_answer(one, head) for one, head in zip(answered, heads, strict=True)]
+    """A question with its answers side by side, and the reference below.
+
+    Where each exam played the conversation with its own answers, only the last question is common to all of them.
+    """
+    asked = answered[0].question
+    played = isinstance(asked, list) and any(one.question != asked for one in answered)
+    columns = [_answer(one, head, played=played) for one, head in zip(answered, heads, strict=True)]
     reference = tag("pre", answered[0].reference)
     return tag(
-        "article", tag("div", *_asked(answered[0].question), class_="asked"), tag("div", *columns, class_="pair"),
+        "article", tag("div", *_asked(asked[-1:] if played else asked), class_="asked"),
+        tag("div", *columns, class_="pair"),
         tag("details", tag("summary", "Reference answer"), reference, class_="reference"), class_="question",
     )  # fmt: skip
 
@@ -353,10 +359,11 @@ def _asked(question: Any) -> list[Html]:
     return found
 
 
-def _answer(one: Answer, head: str) -> Html:
-    """One graded answer."""
+def _answer(one: Answer, head: str, *, played: bool = False) -> Html:
+    """One graded answer, under the conversation that led to it where that is its own."""
     grade = tag("b", "✓ right" if one.correct else "✗ wrong")
     extracted = tag("span", "read as ", tag("code", one.extracted)) if one.extracted is not None else None
     ended = tag("span", words.plural(one.tokens, "token") + ("" if one.stopped else ", did not stop"))
     title = tag("h3", tag("span", head), grade, extracted, ended)
-    return tag("div", title, tag("pre", one.text), class_=f"answer {'right' if one.correct else 'wrong'}")
+    before = tag("details", tag("summary", "The conversation before"), *_asked(one.question[:-1])) if played else None
+    return tag("div", title, before, tag("pre", one.text), class_=f"answer {'right' if one.correct else 'wrong'}")
