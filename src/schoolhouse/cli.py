@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", "compare every byte of a checkpoint with its manifest")
     _target(verify, "checkpoint, or a run directory for all of its checkpoints")
     _target(_command(commands, "report", "write the run's report.html"), "run directory")
+    _job(_with_recipe(commands, "job", "print a job file for many machines; nothing is submitted"))
     _command(commands, "ls", "list the recipes")
     new = _command(commands, "new", "copy a recipe")
     new.add_argument("name", help="a recipe of `schoolhouse ls`")
@@ -130,6 +131,12 @@ def _show(command: argparse.ArgumentParser) -> None:
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one line of JSON an example")
     form.add_argument("--html", metavar="FILE", help="a self-contained page")
+
+
+def _job(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--to", required=True, choices=("slurm", "skypilot", "kubernetes"), help="whose job file")
+    command.add_argument("--nodes", type=_count, metavar="N", help="machines (unset: as the layout needs)")
+    command.add_argument("--gpus", type=_count, metavar="N", help="accelerators of each machine (unset: up to 8)")
 
 
 def _count(text: str) -> int:

@@ -190,6 +190,15 @@ def report(options: Namespace) -> None:
     print(page.write(Path(options.target)))
 
 
+def job(options: Namespace) -> None:
+    """Print a job file for many machines; never submit it."""
+    recipe = recipes.read(options.recipe, options.overrides)
+    from schoolhouse import jobs
+
+    wanted = jobs.job(options.recipe, options.overrides, recipe.parallel, options.nodes, options.gpus)
+    print(jobs.text(wanted, options.to), end="")
+
+
 def ls(options: Namespace) -> None:
     """List the recipes below `examples/sft`, with who is taught what."""
     found = sorted(EXAMPLES.glob("*/*.yaml"))
@@ -232,7 +241,7 @@ def env(options: Namespace) -> None:
 
 COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
     "run": run, "check": check, "show": show, "selfcheck": selfcheck, "eval": evaluate, "chat": chat,
-    "compare": compare, "export": export, "verify": verify, "report": report, "ls": ls, "new": new,
+    "compare": compare, "export": export, "verify": verify, "report": report, "job": job, "ls": ls, "new": new,
     "schema": schema, "env": env,
 }
 
