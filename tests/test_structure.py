@@ -32,8 +32,8 @@ LAYERS = (
 )
 """A part imports from its own layer and those before it."""
 
-MAKES_TENSORS = ("data/loader.py",)
-LOADS_TOKENIZERS = ("data/tokens.py", "data/served.py")
+MAKES_TENSORS = ("data/loader.py", "data/ahead.py")
+LOADS_TOKENIZERS = ("data/tokens.py", "data/served.py", "data/vision.py")
 
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "hasattr", "__import__"}

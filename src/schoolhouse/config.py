@@ -38,6 +38,10 @@ class Rows(Section):
     """A template of the conversation, e.g. `[{role: user, content: "{question} Think."}, …]`; `{a.b}` is a column."""
     function: str | None = None
     """Your own `module:function`, called with a row (dict), returning `{"messages": […]}` or None to drop it."""
+    image_root: str | None = None
+    """The only folder that images may be read from; paths in rows are relative to it. Unset: the rows' own folder."""
+    image_pixels: PositiveInt = 50_000_000
+    """The most pixels of an image as it is stored; a larger one is refused by its header."""
 
 
 class Source(Rows):
@@ -131,6 +135,10 @@ class Model(Section):
     """Further variables of the chat template, e.g. `{enable_thinking: false}`."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end an answer. Unset: the model's own generation configuration, else the tokenizer's end token."""
+    image_tokens: PositiveInt | None = None
+    """The most visual tokens of one image; larger images are shrunk. Unset: the limit of the model's own processor."""
+    freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
+    """Parts of a model that sees which are not trained: its vision tower, what joins the two, its language model."""
     activation_checkpointing: Switch = False
     """Keep only the input of each block and compute it again in backward: less memory, about a third more time."""
 

@@ -17,14 +17,15 @@ import torch
 from transformers import GenerationConfig
 
 from schoolhouse.config import Exam, Recipe
-from schoolhouse.data import formats, loader, plan, prepare, sources, turns
+from schoolhouse.data import ahead, formats, loader, plan, prepare, sources, turns
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
+from schoolhouse.data.vision import Sight
 from schoolhouse.errors import DataError, TemplateError
 from schoolhouse.graders import Grader
-from schoolhouse.model import attention, families
+from schoolhouse.model import attention, families, sight
 from schoolhouse.model.load import Student
-from schoolhouse.types import Conversation, Message, Part
+from schoolhouse.types import Conversation, Message, Part, Picture, Vision
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,17 @@ class Played:
 
 
 @torch.no_grad()
-def validation(student: Student, store: Store, batch_tokens: int) -> dict[str, Any]:
+def validation(
+    student: Student, store: Store, batch_tokens: int, seeing: Sight | None = None
+) -> dict[str, Any]:
     """Loss and accuracy by the training equation: sums over every validation row once, divided once."""
     started = time.perf_counter()
     nll, correct, supervised, tokens = 0.0, 0, 0.0, 0
+    packs = plan.partition(store.lengths, batch_tokens)
+    seen = loader.pixels(store, packs, seeing, len(store), student.device)
     with _evaluating(student):
-        for pack in plan.partition(store.lengths, batch_tokens):
-            loss = student.loss(loader.micro_batch(store, pack, student.device))
+        for pack in packs:
+            loss = student.loss(loader.micro_batch(store, pack, student.device, seeing, next(seen)))
             nll += float(loss.nll)
             correct += int(loss.correct)
             supervised += float(loss.supervised)
@@ -167,19 +172,20 @@ def play(
             (one, question.written[turn], prompt) for one, question in zip(played, asked, strict=True)
             if (prompt := _prompt(served, one, question.written[turn : turn + 1])) is not None
         ]
-        prompts = served.tokenize([prompt for _, _, prompt in going])
+        prompts = served.tokenize([text for _, _, (text, _) in going])
+        seen = [images for _, _, (_, images) in going]
         for (one, place, _), answer in zip(
-            going, generate(student, served, prompts, settings, seed + turn), strict=True
+            going, generate(student, served, prompts, settings, seed + turn, seen), strict=True
         ):
             one.conversation = _with_answer(one.conversation, place, answer)
             one.answers[place] = answer
     return played
 
 
-def _prompt(served: Served, played: Played, places: Sequence[int]) -> str | None:
+def _prompt(served: Served, played: Played, places: Sequence[int]) -> tuple[str, tuple[Picture, ...]] | None:
     """What is shown before the message at the place, if there is one and the template can show what was written."""
     try:
-        return served.prompt(played.conversation, places[0]) if places else None
+        return served.seen_prompt(played.conversation, places[0]) if places else None
     except TemplateError:  # the data's own history was rendered before training: it is the student's that fails
         return None
 
@@ -193,23 +199,25 @@ def _with_answer(conversation: Conversation, place: int, answer: Answer) -> Conv
 
 @torch.no_grad()
 def generate(
-    student: Student, served: Served, prompts: Sequence[Sequence[int]], settings: Exam, seed: int
+    student: Student, served: Served, prompts: Sequence[Sequence[int]], settings: Exam, seed: int,
+    seen: Sequence[Sequence[Picture]] = (),
 ) -> list[Answer]:
-    """An answer to each prompt (token ids), many at a time with a key/value cache and the stop tokens of training."""
+    """An answer to each prompt (token ids) with the images it shows, many at a time with a key/value cache."""
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: list[Answer | None] = [None] * len(prompts)
     with _evaluating(student), _serving(student), torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(by_length), settings.examples):
             chosen = by_length[start : start + settings.examples]
-            written = _generate_batch(student, served, [prompts[index] for index in chosen], settings)
+            images = [picture for index in chosen if seen for picture in seen[index]]
+            written = _generate_batch(student, served, [prompts[index] for index in chosen], images, settings)
             for index, ids in zip(chosen, written, strict=True):
                 answers[index] = _answer(ids, served)
     return answers
 
 
 def _generate_batch(
-    student: Student, served: Served, prompts: Sequence[Sequence[int]], settings: Exam
+    student: Student, served: Served, prompts: Sequence[Sequence[int]], images: Sequence[Picture], settings: Exam
 ) -> list[list[int]]:
     """New token ids of each prompt; prompts are padded on the left, so that all end at the same place."""
     longest = max(map(len, prompts))
@@ -219,9 +227,20 @@ def _generate_batch(
     drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
     written = student.model.generate(
         input_ids=ids, attention_mask=shown, max_new_tokens=settings.max_new_tokens, do_sample=bool(drawn),
-        eos_token_id=list(served.stops.ids), pad_token_id=pad, **drawn,
+        eos_token_id=list(served.stops.ids), pad_token_id=pad, **drawn, **_images(student, served, images, ids),
     )
     return written[:, longest:].tolist()
+
+
+def _images(
+    student: Student, served: Served, images: Sequence[Picture], ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The images of a batch of prompts, as plain transformers is given them."""
+    if not images or served.sight is None:
+        return {}
+    pixels = ahead.pixels(served.sight, [(picture, picture.path or "an image of the prompt") for picture in images])
+    grids = torch.tensor([picture.grid for picture in images], device=ids.device)
+    return sight.own_inputs(student.model, Vision(pixels.to(ids.device), grids), ids == served.sight.token)
 
 
 def _answer(ids: list[int], served: Served) -> Answer:
@@ -256,5 +275,5 @@ def _serving(student: Student) -> Iterator[None]:
     try:
         yield
     finally:
-        student.model.set_attn_implementation(attention.NAME)
+        sight.attend(student.model, attention.NAME)
         student.model.generation_config = own

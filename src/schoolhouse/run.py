@@ -75,7 +75,9 @@ class Run:
     def look(self, step: int) -> None:
         """Validation and exam where they are due after `step`."""
         if self.validation is not None and _due(step, self.recipe.validation.every, self.steps):
-            measured = evaluate.validation(self.student, self.validation, self.recipe.batch.tokens)
+            measured = evaluate.validation(
+                self.student, self.validation, self.recipe.batch.tokens, self.served.sight
+            )
             self.record.append(METRICS, {"kind": "eval", "step": step, "name": "validation", **measured})
             self.screen.say(f"validation after step {step}: loss {measured['loss']:.4f}")
         if self.questions and _due(step, self.recipe.exam.every, self.steps):
@@ -132,7 +134,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh) -> Run:
     model = served.load(serving)
     torch.manual_seed(recipe.seed)
     student = load.load(directory, recipe.model, load.device(recipe.device, mesh.place.local), mesh, recipe.lora)
-    difference = load.prove(student)
+    difference = load.prove(student, model.sight)
     optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision)
     plan = plans.plan(store, recipe, _packs_at_once(previous, mesh))
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch

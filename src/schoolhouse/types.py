@@ -1,7 +1,7 @@
 """The values that flow along the straight line. All are frozen; only a raw row is a dict.
 
 Legend of shapes, used everywhere: T tokens of an example, S tokens of a micro-batch, E examples in it,
-M supervised tokens, D hidden size, V vocabulary, H heads, K head size.
+M supervised tokens, D hidden size, V vocabulary, H heads, K head size, I images, P patches of them.
 """
 
 from __future__ import annotations
@@ -35,12 +35,42 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageSource:
+    """What the data gave for an image, unread, and what it may be read from."""
+
+    value: Any
+    """A path, a data URI, bytes, {"bytes", "path"}, or a PIL image."""
+    root: str | None
+    """The only folder whose files may be read; None allows none."""
+    most_pixels: int
+    """An image of more is refused unread."""
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One piece of a message's content."""
 
     kind: Literal["text", "image", "video"]
     value: Any
-    """The text, or what the data gave for the image or the video, unread."""
+    """The text; of an image its `ImageSource`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image of a row: where its bytes are, and what a model makes of its size. Its pixels are not read."""
+
+    path: str
+    """The resolved file; empty where the row holds the bytes itself."""
+    content: bytes
+    """The encoded image (PNG, JPEG, …) of a row that holds it, else empty."""
+    digest: bytes
+    """SHA-256 of the encoded image."""
+    size: tuple[int, int]
+    """Height and width in pixels, as seen: an EXIF rotation is applied."""
+    grid: tuple[int, int, int]
+    """Patches in time, height and width after the model's own resizing."""
+    tokens: int
+    """Visual tokens: the places the image takes in the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +112,8 @@ class Turn:
     weight: float
     prefilled: bool = False
     """The generation prompt ends in an empty thinking block that the full render drops."""
+    images: tuple[Picture, ...] = ()
+    """The images the prompt shows, in order; it holds a place for each of their tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +127,8 @@ class Example:
     weights: np.ndarray
     """f32[T]: 0 exactly where the label is `UNSUPERVISED`."""
     origin: Origin
+    vision: tuple[Picture, ...] = ()
+    """The images whose tokens stand in `input_ids`, in order."""
 
     @property
     def supervised(self) -> int:
@@ -117,6 +151,19 @@ class EncodedRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Vision:
+    """The images of a micro-batch, ready for the model's vision tower, in the order of their tokens."""
+
+    pixels: torch.Tensor
+    """f32[P, …] patches of all images end to end, or f32[I, 3, height, width]: as the model's own processor gives."""
+    grid: torch.Tensor
+    """i64[I, 3]: patches of each image in time, height and width."""
+    real: bool = True
+    """Whether the text has places for them. A micro-batch without images carries one blank patch that is given the
+    weight 0, so that every process runs its vision tower in every micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """One pack: examples laid end to end, isolated by `boundaries`."""
 
@@ -127,7 +174,7 @@ class MicroBatch:
     weights: torch.Tensor
     """f32[1, S]"""
     positions: torch.Tensor
-    """i64[1, S]: restart at 0 for each example."""
+    """i64[1, S], or i64[3, 1, S] in time, height and width for a model that sees: restart at 0 for each example."""
     boundaries: tuple[int, ...]
     """E + 1 offsets of the examples in the whole sequence, from 0 to S."""
     targets: torch.Tensor
@@ -136,6 +183,8 @@ class MicroBatch:
     """The examples of the store in this micro-batch, in order."""
     supervised: float
     """The supervised weight the plan promised for this pack."""
+    vision: Vision | None = None
+    """The images; None for a model that does not see."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,14 +272,15 @@ def test_reasoning_in_every_spelling(spelling):
 def test_parts_images_and_names():
     content = [
         "see", {"type": "text", "text": " this"}, {"type": "image", "image": "a.png"}, {"type": "image"},
-        {"type": "image_url", "image_url": {"url": "b.png"}}, {"type": "video", "path": "c.mp4", "text": None},
+        {"type": "image_url", "image_url": {"url": "b.png"}}, {"type": "video", "video": ["c.png", "d.png"]},
     ]
     result = {"role": "tool", "content": "1", "tool_call_id": "7", "name": "f"}
-    first, _, last = conversation({"messages": [{"role": "user", "content": content}, TALK[1], result]}).messages
-    assert first.parts == (
-        Part("text", "see"), Part("text", " this"), Part("image", "a.png"), Part("image", None),
-        Part("image", {"url": "b.png"}), Part("video", "c.mp4"),
-    )
+    first, _, last = conversation(
+        {"messages": [{"role": "user", "content": content}, TALK[1], result], "image": "x.png"}
+    ).messages
+    assert [part.value if part.kind == "text" else part.value.value for part in first.parts] == [
+        "see", " this", "a.png", "x.png", "b.png", "c.png", "d.png",
+    ]
     assert (last.tool_call_id, last.name) == ("7", "f")
 
 

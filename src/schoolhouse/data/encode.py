@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from schoolhouse.errors import DataError, TemplateError
-from schoolhouse.types import UNSUPERVISED, Example, Origin, Turn
+from schoolhouse.types import UNSUPERVISED, Example, Origin, Picture, Turn
 
 Ids = tuple[list[int], list[int]]
 """Token ids of a turn's prompt and of its completion."""
@@ -31,19 +31,22 @@ class _Sequence:
     weights: list[float] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     """The number of tokens through the stop token of each turn."""
+    images: list[tuple[Picture, ...]] = field(default_factory=list)
+    """The images shown up to each of these ends."""
 
-    def append(self, prompt: list[int], completion: list[int], weight: float) -> None:
+    def append(self, prompt: list[int], completion: list[int], turn: Turn) -> None:
         new = len(prompt) - len(self.tokens)
-        self.weights += [0.0] * new + [weight] * len(completion)
+        self.weights += [0.0] * new + [turn.weight] * len(completion)
         self.tokens = prompt + completion
         self.ends.append(len(self.tokens))
+        self.images.append(turn.images)
 
     def example(self, end: int, origin: Origin) -> Example:
         """The first `end` tokens as inputs and aligned targets: the one shift of the whole program."""
         tokens = np.asarray(self.tokens[:end], dtype=np.int32)
         weights = np.asarray(self.weights[1:end], dtype=np.float32)
         labels = np.where(weights != 0, tokens[1:], np.int32(UNSUPERVISED)).astype(np.int32)
-        return Example(tokens[:-1], labels, weights, origin)
+        return Example(tokens[:-1], labels, weights, origin, self.images[self.ends.index(end)])
 
 
 def to_examples(
@@ -80,7 +83,7 @@ def _merge(
         _check_stop(completion, stop_ids, turn, origin)
         if not sequences or prompt[: len(sequences[-1].tokens)] != sequences[-1].tokens:
             sequences.append(_Sequence())
-        sequences[-1].append(prompt, completion, turn.weight)
+        sequences[-1].append(prompt, completion, turn)
     return sequences
 
 

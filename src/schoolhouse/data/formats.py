@@ -8,7 +8,7 @@ The forms, and the columns they are recognised by:
     prompt_completion   prompt, completion                 each a text, or a list of messages
     question_answer     question | query | prompt | instruction, with answer | response: the same
 
-Each may stand beside a `system` (or `system_prompt`) and a `tools` (or `functions`) column.
+Each may stand beside a `system` (or `system_prompt`), a `tools` (or `functions`), and an `images` (or `image`) column.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from itertools import product
 from typing import Any
 
 from schoolhouse.config import Rows
+from schoolhouse.data import images
 from schoolhouse.data.messages import text, to_messages, to_tools
 from schoolhouse.errors import ConfigError, DataError
 from schoolhouse.types import Conversation, Message, Origin, Part
 
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
+_IMAGES = ("images", "image")
 _TEMPLATE_KEYS = ("role", "content", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -75,7 +77,7 @@ class _Form:
     @property
     def fields(self) -> tuple[str, ...]:
         """All the fields it can have."""
-        return (*self.required, *self.optional, *_SYSTEM, *_TOOLS)
+        return (*self.required, *self.optional, *_SYSTEM, *_TOOLS, *_IMAGES)
 
     def has(self, columns: Mapping[str, str]) -> bool:
         """Whether each of these is one of its fields."""
@@ -86,23 +88,32 @@ def to_conversation(row: dict[str, Any], rows: Rows, origin: Origin) -> Conversa
     """The conversation in a row, read as `rows` says or its columns show; None where the user's function drops it."""
     if rows.function is not None:
         result = _call(rows.function, row, origin)
-        return None if result is None else _of_form(_Fields(result, {}, origin), None)
+        return None if result is None else _of_form(_Fields(result, {}, origin), None, rows)
     fields = _Fields(row, rows.columns or {}, origin)
     if rows.messages is None:
-        return _of_form(fields, rows.format)
-    messages = [_filled(message, fields, f"data.messages[{index}]") for index, message in enumerate(rows.messages)]
+        return _of_form(fields, rows.format, rows)
+    filled = [_filled(message, fields, f"data.messages[{index}]") for index, message in enumerate(rows.messages)]
+    messages = to_messages(filled, f"{origin} data.messages")
     tools = to_tools(fields["tools"], fields.where("tools")) if "tools" in fields.columns else ()
-    return _conversation(to_messages(messages, f"{origin} data.messages"), tools, origin)
+    return _conversation(_seen(messages, fields, rows), tools, origin)
 
 
-def _of_form(fields: _Fields, name: str | None) -> Conversation:
+def _of_form(fields: _Fields, name: str | None, rows: Rows) -> Conversation:
     """The conversation of a row of the named form, or of the one its columns show."""
     form = _form(fields, name)
     messages = form.read(fields, form)
     system, tools = fields.first(_SYSTEM), fields.first(_TOOLS)
     if fields[system]:
         messages = _with_system(fields.text(system), messages, fields.where(system))
-    return _conversation(messages, to_tools(fields[tools], fields.where(tools)), fields.origin)
+    return _conversation(_seen(messages, fields, rows), to_tools(fields[tools], fields.where(tools)), fields.origin)
+
+
+def _seen(messages: tuple[Message, ...], fields: _Fields, rows: Rows) -> tuple[Message, ...]:
+    """The messages with the images of the row's column in their places; a row template must have written a place."""
+    column = fields.first(_IMAGES)
+    given = images.listed(fields[column])
+    wanted = rows.messages is None or column in fields.columns or any(map(images.has_place, messages))
+    return images.placed(messages, given if wanted else (), rows, fields.origin)
 
 
 def _conversation(messages: tuple[Message, ...], tools: tuple[Mapping[str, Any], ...], origin: Origin) -> Conversation:

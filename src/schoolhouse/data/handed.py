@@ -96,7 +96,7 @@ def _content(message: Message, forms: Forms) -> str | list[dict[str, Any]]:
     plain = len(texts) == len(message.parts)
     if plain and forms.strings and (len(texts) < 2 or not forms.parts):
         return "\n".join(texts)
-    return [{"type": part.kind, part.kind: part.value} for part in message.parts]
+    return [{"type": part.kind, part.kind: part.value if part.kind == "text" else ""} for part in message.parts]
 
 
 def _call(call: Mapping[str, Any], forms: Forms) -> dict[str, Any]:

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
+from schoolhouse.data import ahead
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
-from schoolhouse.types import MicroBatch, Step
+from schoolhouse.data.vision import Sight
+from schoolhouse.types import MicroBatch, Step, Vision
 
 
 def steps(
-    store: Store, plan: Plan, first: int, last: int, device: torch.device, *, rank: int = 0, ranks: int = 1
+    store: Store, plan: Plan, first: int, last: int, device: torch.device, *, rank: int = 0, ranks: int = 1,
+    sight: Sight | None = None,
 ) -> Iterator[Step]:
-    """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them."""
+    """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them, images decoded ahead."""
     assert plan.ranks % ranks == 0, "every rank computes equally many packs"
+    packs = (pack for index in range(first, last + 1) for pack in plan.step(index).packs[rank::ranks])
+    seen = pixels(store, packs, sight, -(-plan.examples // ranks), device)
     for index in range(first, last + 1):
         planned = plan.step(index)
         mine = planned.packs[rank::ranks]
-        yield Step(planned, [micro_batch(store, pack, device) for pack in mine])
+        yield Step(planned, [micro_batch(store, pack, device, sight, next(seen)) for pack in mine])
 
 
-def micro_batch(store: Store, pack: Sequence[int], device: torch.device) -> MicroBatch:
-    """The examples of a pack end to end; an empty pack is one token that nothing is learnt from."""
+def pixels(
+    store: Store, packs: Iterable[Sequence[int]], sight: Sight | None, examples: int, device: torch.device
+) -> Iterator[torch.Tensor | None]:
+    """The pixels of each pack in order; None for a pack or a model without images."""
+    if sight is None:
+        return itertools.repeat(None)
+    return ahead.of_packs(store, packs, sight, examples, pinned=device.type == "cuda")
+
+
+def micro_batch(
+    store: Store, pack: Sequence[int], device: torch.device, sight: Sight | None = None,
+    seen: torch.Tensor | None = None,
+) -> MicroBatch:
+    """The examples of a pack end to end with the pixels `seen`; an empty pack is one token that teaches nothing."""
     if not pack:
-        return _empty(device)
+        return _empty(device, sight)
     examples = [store[index] for index in pack]
     lengths = [len(example.input_ids) for example in examples]
     weights = np.concatenate([example.weights for example in examples])
@@ -35,19 +52,44 @@ def micro_batch(store: Store, pack: Sequence[int], device: torch.device) -> Micr
         input_ids=_row(np.concatenate([example.input_ids for example in examples]).astype(np.int64), device),
         labels=_row(np.concatenate([example.labels for example in examples]).astype(np.int64), device),
         weights=_row(weights, device),
-        positions=_row(np.concatenate([np.arange(length) for length in lengths]), device),
+        positions=_positions(store, pack, lengths, device, sight),
         boundaries=tuple(itertools.accumulate(lengths, initial=0)),
         targets=torch.from_numpy(np.flatnonzero(weights)).to(device),
         pack=tuple(pack),
         supervised=float(store.supervised[list(pack)].sum()),
+        vision=None if sight is None else _vision(store, pack, device, sight, seen),
     )
 
 
-def _empty(device: torch.device) -> MicroBatch:
+def _positions(
+    store: Store, pack: Sequence[int], lengths: Sequence[int], device: torch.device, sight: Sight | None
+) -> torch.Tensor:
+    """i64[1, S], or i64[3, 1, S] for a model that places its visual tokens in a grid."""
+    if sight is None or not sight.family.placed_by_grid:
+        return _row(np.concatenate([np.arange(length) for length in lengths]), device)
+    placed = [sight.positions(store[one].input_ids, store.grids(one)) for one in pack]
+    return torch.from_numpy(np.concatenate(placed, axis=1)).unsqueeze(1).to(device)
+
+
+def _vision(
+    store: Store, pack: Sequence[int], device: torch.device, sight: Sight, seen: torch.Tensor | None
+) -> Vision:
+    """The images of a pack, or the blank one of a pack without."""
+    if seen is None:
+        blank = torch.from_numpy(sight.blank()).to(device)
+        return Vision(blank, torch.tensor([sight.blank_grid], device=device), real=False)
+    grids = [grid for one in pack for grid in store.grids(one)]
+    return Vision(seen.to(device, non_blocking=True), torch.tensor(grids, device=device))
+
+
+def _empty(device: torch.device, sight: Sight | None) -> MicroBatch:
     zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
     return MicroBatch(
         input_ids=zero, labels=zero - 100, weights=zero.float(), positions=zero, boundaries=(0, 1),
         targets=zero[0, :0], pack=(), supervised=0.0,
+        vision=None if sight is None else Vision(
+            torch.from_numpy(sight.blank()).to(device), torch.tensor([sight.blank_grid], device=device), real=False,
+        ),
     )
 
 

@@ -157,7 +157,15 @@ def _part(value: object, where: str) -> Part:
     if kind == "text":
         return Part("text", text(value.get("text"), f"{where}.text"))
     places = (spelling, kind, "url", "path", "base64")
-    return Part(kind, next((value[place] for place in places if value.get(place) is not None), None))
+    place = next((place for place in places if value.get(place) is not None), None)
+    return Part(kind, None if place is None else _media(value[place], place))
+
+
+def _media(value: object, place: str) -> object:
+    """What stands for an image: OpenAI's `{"url"}` unwrapped, bare base64 as the data URI that it belongs to."""
+    if isinstance(value, dict) and "url" in value:
+        return value["url"]
+    return f"data:image/*;base64,{value}" if place == "base64" else value
 
 
 def _tool_calls(message: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:

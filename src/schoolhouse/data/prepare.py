@@ -19,12 +19,12 @@ from typing import Any
 
 from schoolhouse import places
 from schoolhouse.config import Data, Rows, Source
-from schoolhouse.data import account, choose, formats, served, sources, store, tokens
+from schoolhouse.data import account, choose, formats, images, served, sources, store, tokens, vision
 from schoolhouse.data.account import Tally
 from schoolhouse.data.choose import Choice
 from schoolhouse.data.served import Rules, Serving
 from schoolhouse.errors import ConfigError, DataError
-from schoolhouse.types import Conversation, Origin, Turn
+from schoolhouse.types import Conversation, Origin, Picture, Turn
 
 VERSION = 2
 """Raise it when the same row would become other tokens: it is part of every store's fingerprint."""
@@ -81,8 +81,8 @@ def _build(
     names = list(dict.fromkeys(sources.describe(source) for source in choice.sources))
     writer, kept, not_drawn = store.Writer(directory), account.Account(directory), Counter()
     work = functools.partial(_encode_chunk, serving, rules, dataclasses.replace(choice, sources=()), names)
-    for arrays, counted in _map(work, _chunks(rows_of(data, choice, not_drawn)), data.workers):
-        writer.append(arrays)
+    for arrays, seen, counted in _map(work, _chunks(rows_of(data, choice, not_drawn)), data.workers):
+        writer.append(arrays, seen)
         kept.add(counted)
         progress(kept.total.rows.total())
     writer.close(fingerprint, kept.close(data, not_drawn), names)
@@ -123,7 +123,7 @@ def _alone() -> None:
 
 def _encode_chunk(
     serving: Serving, rules: Rules, choice: Choice, names: Sequence[str], chunk: Chunk
-) -> tuple[store.Arrays, Tally]:
+) -> tuple[store.Arrays, list[Picture], Tally]:
     """Encode the rows of a chunk; their texts are tokenized together, what they share once."""
     model, (settings, rows), tally = served.load(serving), chunk, Tally()
     ready = []
@@ -142,7 +142,7 @@ def _encode_chunk(
         else:
             tally.keep(found, model.stops.ids)
             examples += found.examples
-    return store.to_arrays(examples, names), tally
+    return store.to_arrays(examples, names), [one for example in examples for one in example.vision], tally
 
 
 def _taught(
@@ -190,6 +190,8 @@ def _fingerprint(data: Data, choice: Choice, serving: Serving, rules: Rules) -> 
         "functions": [_function_hash(one.function) for one in settings if one.function],
         "rules": dataclasses.asdict(rules),
         "serving": serving_fingerprint(serving),
+        "images": [images.root(rows, source.path) for rows, source in zip(settings, choice.sources, strict=True)]
+        if vision.sees(serving.directory) else [],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -202,7 +204,7 @@ def serving_fingerprint(serving: Serving) -> str:
         digest.update(f"{path.name} {len(content)} ".encode() + content)
         if b"strftime_now" in content:
             digest.update(str(serving.today).encode())
-    digest.update(json.dumps([serving.template_arguments, serving.stop_tokens, size]).encode())
+    digest.update(json.dumps([serving.template_arguments, serving.stop_tokens, size, serving.image_tokens]).encode())
     return digest.hexdigest()
 
 

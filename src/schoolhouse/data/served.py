@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from schoolhouse.config import Model, Recipe, Rows
-from schoolhouse.data import encode, formats, tokens, turns
+from schoolhouse.data import encode, formats, tokens, turns, vision
 from schoolhouse.data.template import Template, compile_template, template_source
 from schoolhouse.data.tokens import Stops
+from schoolhouse.data.vision import Sight
 from schoolhouse.errors import DataError
-from schoolhouse.types import Conversation, EncodedRow, Example, Origin, Turn, Verdict
+from schoolhouse.types import Conversation, EncodedRow, Example, Origin, Picture, Turn, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,8 @@ class Serving:
     stop_tokens: tuple[str, ...]
     today: datetime.date
     """The day that a template which prints the date prints."""
+    image_tokens: int | None = None
+    """The recipe's `model.image_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +56,20 @@ class Served:
     stops: Stops
     vocabulary: int | None = None
     """The number of the model's embeddings, where its configuration tells it."""
+    sight: Sight | None = None
+    """How the model sees; None for one that does not."""
 
     def prompt(self, conversation: Conversation, messages: int) -> str:
         """The text shown before the assistant writes message number `messages` (counted from 0)."""
-        return self.template.script(conversation).prompt(messages)
+        return self.seen_prompt(conversation, messages)[0]
+
+    def seen_prompt(self, conversation: Conversation, messages: int) -> tuple[str, tuple[Picture, ...]]:
+        """That text with a place for each visual token, and the images it shows."""
+        text = self.template.script(conversation).prompt(messages)
+        if self.sight is None:
+            vision.blind(conversation)
+            return text, ()
+        return self.sight.prompt(text, conversation.messages[:messages], str(conversation.origin))
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text alone to ids."""
@@ -64,7 +77,13 @@ class Served:
 
     def to_turns(self, conversation: Conversation, supervise: turns.Supervise) -> tuple[Turn, ...]:
         """The supervised turns of a conversation."""
-        return turns.to_turns(conversation, self.template, self.stops, supervise)
+        if self.sight is None:
+            vision.blind(conversation)
+        written = turns.to_turns(conversation, self.template, self.stops, supervise)
+        if self.sight is None:
+            return written
+        answers = [index for index, _ in turns.taught(conversation.messages, supervise)]
+        return tuple(self.sight.shown(conversation, list(zip(answers, written, strict=True))))
 
     def to_rows(
         self, rows: Sequence[tuple[Conversation, Sequence[Turn]]], rules: Rules
@@ -84,6 +103,8 @@ class Served:
             taught, ids, self.stops.ids, conversation.origin, max_tokens=rules.max_tokens, too_long=rules.too_long,
         )
         self._check_vocabulary(examples, conversation.origin)
+        for example in examples if self.sight else ():
+            self._check_places(example)
         return EncodedRow(conversation, _verdict(taught, len(examples)), tuple(taught), examples, cut, longest)
 
     def _check_vocabulary(self, examples: Sequence[Example], origin: Origin) -> None:
@@ -97,6 +118,16 @@ class Served:
                     required=f"tokens below {self.vocabulary}, the vocab_size in config.json",
                     where=str(origin), remedy="put the model's own tokenizer files into its directory",
                 )
+
+    def _check_places(self, example: Example) -> None:
+        """The text has as many visual tokens as the vision tower will make of the example's images."""
+        places = int((example.input_ids == self.sight.token).sum())
+        features = sum(picture.tokens for picture in example.vision)
+        if places != features:
+            raise DataError(
+                f"{places} visual tokens in the text for {features} features", where=str(example.origin),
+                required="as many tokens as features", remedy="check that tokenizer and model belong together",
+            )
 
     def encode(self, row: Mapping[str, Any], rows: Rows, origin: Origin, rules: Rules) -> EncodedRow | None:
         """One raw row all the way; None where the user's own function dropped it."""
@@ -117,7 +148,7 @@ def serving(model: Model, directory: Path, today: datetime.date | None = None) -
     """How the recipe's model is served from its directory."""
     return Serving(
         directory, model.chat_template, json.dumps(model.template_arguments), model.stop_tokens,
-        today or datetime.date.today(),
+        today or datetime.date.today(), model.image_tokens,
     )
 
 
@@ -146,7 +177,8 @@ def _load(serving: Serving, _stamps: tuple) -> Served:
     variables = {**tokenizer.special_tokens_map, **json.loads(serving.template_arguments)}
     stops = tokens.stop_tokens(serving.directory, tokenizer, serving.stop_tokens)
     template = compile_template(source, variables, serving.today)
-    return Served(tokenizer, template, stops, tokens.vocabulary(serving.directory))
+    sight = vision.sight(serving.directory, tokenizer, serving.image_tokens)
+    return Served(tokenizer, template, stops, tokens.vocabulary(serving.directory), sight)
 
 
 def _verdict(taught: Sequence[Turn], examples: int) -> Verdict:

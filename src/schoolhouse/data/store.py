@@ -1,9 +1,15 @@
-"""Examples on disk: flat arrays that every process maps, written once."""
+"""Examples on disk: flat arrays that every process maps, written once.
+
+Images are kept as references, each once: the file's path, or the encoded bytes where the row held them; with the grid
+of patches, so that positions and costs are known without them. Pixels are never stored.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +18,24 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from schoolhouse.errors import CheckpointError
-from schoolhouse.types import Example, Ledger, Origin
+from schoolhouse.types import Example, Ledger, Origin, Picture
 
 ARRAYS: Mapping[str, Any] = {
     "input_ids": np.int32, "labels": np.int32, "weights": np.float32,
     "lengths": np.int64, "rows": np.int64, "sources": np.int32,
-    "supervised": np.float64, "supervised_tokens": np.int64,
+    "supervised": np.float64, "supervised_tokens": np.int64, "images": np.int64,
 }
 """The type of each file's values."""
 PER_TOKEN = ("input_ids", "labels", "weights")
 """These hold a value a token; the others a value an example."""
-
+PICTURES: Mapping[str, Any] = {
+    "shown": np.int64, "picture_shapes": np.int64, "picture_digests": np.uint8, "picture_ends": np.int64,
+    "picture_bytes": np.uint8,
+}
+"""`shown`: the picture of each image of each example. The others, by picture: is it a path, size, grid, tokens; its
+digest; where its reference ends in `picture_bytes`."""
+_SHAPE = 7
+_DIGEST = 32
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -38,6 +51,8 @@ class Store:
     arrays: Arrays
     ends: np.ndarray
     """i64[examples]: where each example ends in the arrays that hold a value a token."""
+    shown_ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """i64[examples]: where each example's images end in `shown`; empty where no example has any."""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -48,7 +63,41 @@ class Store:
         start = end - int(self.arrays["lengths"][index])
         origin = Origin(self.source_names[self.arrays["sources"][index]], int(self.arrays["rows"][index]))
         ids, labels, weights = (self.arrays[name][start:end] for name in PER_TOKEN)
-        return Example(ids, labels, weights, origin)
+        return Example(ids, labels, weights, origin, self.pictures(index))
+
+    def pictures(self, index: int) -> tuple[Picture, ...]:
+        """The images of an example, in order."""
+        return tuple(self._picture(int(one)) for one in self._shown(index))
+
+    def grids(self, index: int) -> list[tuple[int, int, int]]:
+        """The grid of patches of each image of an example."""
+        return [tuple(grid) for grid in self._shapes[self._shown(index), 3:6].tolist()]
+
+    def _shown(self, index: int) -> np.ndarray:
+        if not len(self.shown_ends):
+            return self.shown_ends
+        end = int(self.shown_ends[index])
+        return self.arrays["shown"][end - int(self.arrays["images"][index]) : end]
+
+    @property
+    def _shapes(self) -> np.ndarray:
+        return self.arrays["picture_shapes"].reshape(-1, _SHAPE)
+
+    def _picture(self, place: int) -> Picture:
+        ends = self.arrays["picture_ends"]
+        reference = self.arrays["picture_bytes"][ends[place - 1] if place else 0 : ends[place]].tobytes()
+        is_path, height, width, *grid, tokens = self._shapes[place].tolist()
+        digest = self.arrays["picture_digests"][place * _DIGEST : (place + 1) * _DIGEST].tobytes()
+        path, content = (os.fsdecode(reference), b"") if is_path else ("", reference)
+        return Picture(path, content, digest, (height, width), tuple(grid), tokens)
+
+    @property
+    def patches(self) -> np.ndarray:
+        """i64[examples]: the patches of each example's images: the work of the vision tower."""
+        if not len(self.shown_ends):
+            return np.zeros(len(self), dtype=np.int64)
+        every = np.append(0, np.cumsum(self._shapes[self.arrays["shown"], 3:6].prod(axis=1, dtype=np.int64)))
+        return every[self.shown_ends] - every[self.shown_ends - self.arrays["images"]]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -75,6 +124,7 @@ def to_arrays(examples: Sequence[Example], source_names: Sequence[str]) -> Array
         "sources": [number[example.origin.source] for example in examples],
         "supervised": [example.weights.sum(dtype=np.float64) for example in examples],
         "supervised_tokens": [example.supervised for example in examples],
+        "images": [len(example.vision) for example in examples],
     }
     arrays = {name: np.asarray(values, dtype=ARRAYS[name]) for name, values in columns.items()}
     for name in PER_TOKEN:
@@ -88,12 +138,31 @@ class Writer:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._files: dict[str, BinaryIO] = {name: _file(directory, name).open("wb") for name in ARRAYS}
+        self._files: dict[str, BinaryIO] = {
+            name: _file(directory, name).open("wb") for name in (*ARRAYS, *PICTURES)
+        }
+        self._known: dict[tuple, int] = {}
+        self._end = 0
 
-    def append(self, arrays: Arrays) -> None:
-        """Append examples in the form of `to_arrays`."""
-        for name, file in self._files.items():
-            file.write(np.ascontiguousarray(arrays[name]).tobytes())
+    def append(self, arrays: Arrays, pictures: Sequence[Picture] = ()) -> None:
+        """Append examples in the form of `to_arrays`, and their images in order."""
+        for name in ARRAYS:
+            self._files[name].write(np.ascontiguousarray(arrays[name]).tobytes())
+        self._files["shown"].write(np.asarray([self._place(one) for one in pictures], dtype=np.int64).tobytes())
+
+    def _place(self, picture: Picture) -> int:
+        """The picture's number; a new one is written."""
+        key = (picture.path, picture.digest, picture.grid)
+        if key not in self._known:
+            self._known[key] = len(self._known)
+            reference = os.fsencode(picture.path) or picture.content
+            self._end += len(reference)
+            shape = [bool(picture.path), *picture.size, *picture.grid, picture.tokens]
+            self._files["picture_shapes"].write(np.asarray(shape, dtype=np.int64).tobytes())
+            self._files["picture_digests"].write(picture.digest)
+            self._files["picture_ends"].write(np.asarray([self._end], dtype=np.int64).tobytes())
+            self._files["picture_bytes"].write(reference)
+        return self._known[key]
 
     def close(self, fingerprint: str, ledger: Ledger, source_names: Sequence[str]) -> None:
         """Write what the arrays mean; without this file the directory is no store."""
@@ -106,17 +175,31 @@ class Writer:
 def open_store(directory: Path) -> Store:
     """Map the store of a directory."""
     meta = json.loads((directory / "store.json").read_text(encoding="utf-8"))
-    arrays = {name: _map(_file(directory, name), kind) for name, kind in ARRAYS.items()}
+    arrays = {name: _map(_file(directory, name), kind) for name, kind in {**ARRAYS, **PICTURES}.items()}
     ledger = Ledger(**meta["ledger"])
     _check_sizes(directory, arrays)
-    return Store(directory, meta["fingerprint"], ledger, tuple(meta["sources"]), arrays, np.cumsum(arrays["lengths"]))
+    return Store(
+        directory, meta["fingerprint"], ledger, tuple(meta["sources"]), arrays, np.cumsum(arrays["lengths"]),
+        np.cumsum(arrays["images"]) if len(arrays["shown"]) else arrays["shown"],
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def opened(directory: Path) -> Store:
+    """The store of a directory, mapped once for each process."""
+    return open_store(directory)
 
 
 def _check_sizes(directory: Path, arrays: Arrays) -> None:
     """A file that was cut short must not become shorter examples."""
     examples = max(len(arrays[name]) for name in ARRAYS if name not in PER_TOKEN)
+    pictures = len(arrays["picture_ends"])
+    stored = int(arrays["picture_ends"][-1]) if pictures else 0
+    others = {"shown": int(arrays["images"].sum()), "picture_shapes": _SHAPE * pictures, "picture_ends": pictures,
+              "picture_digests": _DIGEST * pictures, "picture_bytes": stored}
+    others |= dict.fromkeys(PER_TOKEN, int(arrays["lengths"].sum()))
     for name, values in arrays.items():
-        wanted = int(arrays["lengths"].sum()) if name in PER_TOKEN else examples
+        wanted = others.get(name, examples)
         if len(values) != wanted:
             raise CheckpointError(
                 f"the prepared data is damaged: {name} holds {len(values)} values, not {wanted}",

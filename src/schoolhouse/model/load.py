@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from schoolhouse import loss
 from schoolhouse.config import Lora, Model
+from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, MeshError, ModelError
 from schoolhouse.loss import Head
-from schoolhouse.model import attention, families, lora
+from schoolhouse.model import attention, families, lora, sight
 from schoolhouse.parallel import ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
-from schoolhouse.types import LossSum, MicroBatch
+from schoolhouse.types import LossSum, MicroBatch, Vision
 
 
 class Student(nn.Module):
@@ -54,6 +55,7 @@ class Student(nn.Module):
             position_ids=part.positions,
             use_cache=False,
             layout=attention.layout(part.boundaries, part.input_ids.device, self.mesh.ulysses_group),
+            **sight.inputs(self.model, part.vision),
         ).last_hidden_state
         found = loss.linear_cross_entropy(hidden, self.head, part.labels, part.weights, part.targets)
         return found.nll, found.correct, found.supervised
@@ -81,8 +83,8 @@ def load(
     """The model of a directory in float32 on `place`, ready to train; raises ModelError where it cannot be exact."""
     attention.register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation=attention.NAME,
+        model = sight.loader(directory).from_pretrained(
+            directory, dtype=torch.float32, attn_implementation=sight.attentions(directory, attention.NAME),
             trust_remote_code=False, use_safetensors=True, local_files_only=True,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -96,8 +98,11 @@ def load(
             f"{mesh.world} processes: weights cannot be cut yet", required="one process", where="--nproc",
             remedy="use one process",
         )
+    if sight.sees(model):
+        sight.prepare(model)
     if adapters is not None:
         lora.inject(model, adapters)
+    sight.freeze(model, settings.freeze)
     model.to(place).train()
     if settings.activation_checkpointing:
         checkpoint_activations(model)
@@ -106,7 +111,7 @@ def load(
 
 def plain(directory: Path) -> PreTrainedModel:
     """The model of a directory as transformers alone loads it, in the number format of its files."""
-    return AutoModelForCausalLM.from_pretrained(
+    return sight.loader(directory).from_pretrained(
         directory, dtype="auto", trust_remote_code=False, use_safetensors=True, local_files_only=True
     )
 
@@ -115,7 +120,7 @@ def skeleton(directory: Path, adapters: Lora | None) -> PreTrainedModel:
     """The model of a directory without its weights: names and shapes only, on the device `meta`."""
     with torch.device("meta"):
         configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(configuration, trust_remote_code=False)
+        model = sight.loader(directory).from_config(configuration, trust_remote_code=False)
         if adapters is not None:
             lora.inject(model, adapters)
     return model
@@ -128,24 +133,30 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def prove(student: Student, tokens: int = 7) -> float:
+def prove(student: Student, seeing: Sight | None = None, tokens: int = 7) -> float:
     """Compare a packed micro-batch of two examples with the model's own forward, one example at a time.
 
     Returns the largest relative difference of the losses. A model whose logits pass through something we do not know,
-    or whose layers let examples of a pack see one another, is refused here instead of being trained wrongly.
+    or whose layers let examples of a pack see one another, is refused here instead of being trained wrongly. A model
+    that sees is shown an image in its second example, and finds the positions of the first way for itself.
     """
     vocabulary = len(student.head.weight)
     drawn = torch.arange(1, 2 * tokens + 4) * 7919 % vocabulary  # spread over the vocabulary, the same every time
-    sequences = [drawn[: tokens + 1], drawn[tokens + 1 :]]
+    sequences, vision = [drawn[: tokens + 1], drawn[tokens + 1 :]], None
+    if seeing is not None:
+        sequences, vision = _with_image(sequences, seeing, student.device)
     training = student.model.training
     student.model.eval()
     try:
         with torch.no_grad():
-            packed = student.loss(_pack(sequences, student.device)).nll
+            packed = student.loss(_pack(sequences, student.device, seeing, vision)).nll
             student.model.set_attn_implementation("eager")
-            alone = sum(_own_loss(student.model, sequence.to(student.device)) for sequence in sequences)
+            alone = sum(
+                _own_loss(student.model, sequence.to(student.device), seeing, vision if number else None)
+                for number, sequence in enumerate(sequences)
+            )
     finally:
-        student.model.set_attn_implementation(attention.NAME)
+        sight.attend(student.model, attention.NAME)
         student.model.train(training)
     difference = abs(float(packed) - float(alone)) / max(abs(float(alone)), 1e-6)
     if not difference < 2e-5:  # float32 kernels agree to 1e-6; a pack that leaks was seen to differ by 2e-4 and more
@@ -159,22 +170,44 @@ def prove(student: Student, tokens: int = 7) -> float:
     return difference
 
 
-def _pack(sequences: list[torch.Tensor], place: torch.device) -> MicroBatch:
-    """Token sequences as one fully supervised micro-batch."""
+def _with_image(
+    sequences: list[torch.Tensor], seeing: Sight, place: torch.device
+) -> tuple[list[torch.Tensor], Vision]:
+    """The sequences with the places of an image inside the second one, and the image."""
+    pixels, grid, tokens = seeing.trial()
+    plain = [torch.where(one == seeing.token, (one + 1) % seeing.token, one) for one in sequences]
+    places = torch.full((tokens,), seeing.token)
+    second = torch.cat([plain[1][:2], places, plain[1][2:]])
+    return [plain[0], second], Vision(torch.from_numpy(pixels).to(place), torch.tensor([grid], device=place))
+
+
+def _pack(
+    sequences: list[torch.Tensor], place: torch.device, seeing: Sight | None, vision: Vision | None
+) -> MicroBatch:
+    """Token sequences as one fully supervised micro-batch; the image, where there is one, is the last sequence's."""
     lengths = [len(sequence) - 1 for sequence in sequences]
     weights = torch.ones(1, sum(lengths), device=place)
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    if seeing is not None and seeing.family.placed_by_grid:
+        grids = [[], [tuple(vision.grid[0].tolist())]]
+        placed = [seeing.positions(one[:-1].numpy(), grid) for one, grid in zip(sequences, grids, strict=True)]
+        positions = torch.cat([torch.from_numpy(one) for one in placed], dim=1).unsqueeze(1)
     return MicroBatch(
         input_ids=torch.cat([sequence[:-1] for sequence in sequences]).unsqueeze(0).to(place),
         labels=torch.cat([sequence[1:] for sequence in sequences]).unsqueeze(0).to(place),
         weights=weights,
-        positions=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(place),
+        positions=positions.to(place),
         boundaries=(0, lengths[0], sum(lengths)),
         targets=torch.arange(sum(lengths), device=place),
-        pack=(), supervised=float(sum(lengths)),
+        pack=(), supervised=float(sum(lengths)), vision=vision,
     )
 
 
-def _own_loss(model: PreTrainedModel, sequence: torch.Tensor) -> torch.Tensor:
+def _own_loss(
+    model: PreTrainedModel, sequence: torch.Tensor, seeing: Sight | None, vision: Vision | None
+) -> torch.Tensor:
     """The summed loss by the model's own logits."""
-    logits = model(input_ids=sequence[:-1].unsqueeze(0), use_cache=False).logits[0]
+    ids = sequence[:-1].unsqueeze(0)
+    seen = {} if vision is None else sight.own_inputs(model, vision, ids == seeing.token)
+    logits = model(input_ids=ids, use_cache=False, **seen).logits[0]
     return torch.nn.functional.cross_entropy(logits.float(), sequence[1:], reduction="sum")

@@ -1,0 +1,102 @@
+"""Pixels ahead of need: worker processes decode and resize the images of coming packs while a step is computed.
+
+The order is the plan's, whatever the number of workers, and a pack's pixels are a function of its images alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from schoolhouse.data import store as stores
+from schoolhouse.data.store import Store
+from schoolhouse.data.vision import Sight
+from schoolhouse.errors import DataError
+from schoolhouse.types import Picture
+
+Pack = Sequence[int]
+DEPTH = 2
+"""Packs that each worker has ready or under way."""
+LITTLE = 1 << 14
+"""Patches of an average step that are made in place: starting workers costs seconds, these cost a few hundredths."""
+
+
+def pixels(sight: Sight, shown: Sequence[tuple[Picture, str]]) -> torch.Tensor | None:
+    """The pixels of images, each with its place for errors, end to end; None where there is none."""
+    arrays = [sight.pixels(picture, where) for picture, where in shown]
+    return torch.from_numpy(np.concatenate(arrays)) if arrays else None
+
+
+def of_pack(store: Store, pack: Pack, sight: Sight) -> torch.Tensor | None:
+    """The pixels of a pack's images."""
+    return pixels(sight, [(picture, str(store[one].origin)) for one in pack for picture in store.pictures(one)])
+
+
+def of_packs(
+    store: Store, packs: Iterable[Pack], sight: Sight, examples: int, *, pinned: bool = False
+) -> Iterator[torch.Tensor | None]:
+    """The pixels of each pack in order, made by workers where a step of so many examples is worth it."""
+    if float(store.patches.mean()) * examples < LITTLE:
+        for pack in packs:
+            yield of_pack(store, pack, sight)
+        return
+    awaited, asked = itertools.tee(map(tuple, packs))
+    made = iter(DataLoader(
+        _Packs(store.directory, sight), batch_size=None, sampler=_Order(asked), num_workers=min(8, os.cpu_count() or 1),
+        prefetch_factor=DEPTH, multiprocessing_context="spawn", worker_init_fn=_ignore_signals, pin_memory=pinned,
+    ))
+    for pack in awaited:
+        yield _received(made, store, pack)
+
+
+def _received(made: Iterator, store: Store, pack: Pack) -> torch.Tensor | None:
+    """The next pack's pixels; a worker's error is raised here, and so is its death."""
+    try:
+        seen = next(made)
+    except RuntimeError as error:  # what torch raises for a worker that was killed
+        rows = ", ".join(str(store[one].origin) for one in pack[:4])
+        raise DataError(
+            f"a process that decodes images died: {' '.join(str(error).split()):.120}", where=rows,
+            required="workers that live, and memory for them", remedy="look for what killed it (memory?) and run again",
+        ) from None
+    if isinstance(seen, DataError):
+        raise seen
+    return seen
+
+
+@dataclass(frozen=True)
+class _Packs(Dataset):
+    """A pack's pixels, made in a worker; an error travels as a value, because torch would rewrite it."""
+
+    directory: Path
+    sight: Sight
+
+    def __getitem__(self, pack: Pack) -> torch.Tensor | DataError | None:
+        try:
+            return of_pack(stores.opened(self.directory), pack, self.sight)
+        except DataError as error:
+            return error
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The packs in the plan's order, drawn as they are needed."""
+
+    packs: Iterator[Pack]
+
+    def __iter__(self) -> Iterator[Pack]:
+        return self.packs
+
+
+def _ignore_signals(_: int) -> None:
+    """The trainer decides when to stop; a worker that dies of the same Ctrl-C would turn the stop into an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

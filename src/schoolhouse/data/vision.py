@@ -1,0 +1,292 @@
+"""What a model sees: which family it is, how many tokens an image of a size takes, its pixels and its positions.
+
+A family is one entry of `FAMILIES`. Lengths follow from sizes alone, by the arithmetic of the model's own processor:
+
+    text      the template writes `placeholder` once for each image; `shown` puts one for each visual token there
+    pixels    the model's processor (Pillow's resizing, never torchvision's: pixels must not depend on the machine)
+    positions multimodal rotary positions in time, height and width (Qwen2-VL, Wang et al., 2024, arXiv:2409.12191)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from schoolhouse.data import pictures
+from schoolhouse.errors import ConfigError, DataError
+from schoolhouse.types import Conversation, ImageSource, Message, Picture, Turn
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+_MARK = re.compile(r"<[^<>\s]+>")
+PROCESSOR = "preprocessor_config.json"
+"""The file that describes a model's image processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How the models of a family take images."""
+
+    placeholder: str
+    """The token a chat template writes for an image, and that is repeated for each visual token."""
+    placed_by_grid: bool
+    """Visual tokens have positions in time, height and width; else they count on like text."""
+    visual: str
+    """The token of each visual place."""
+    before: str = ""
+    """What the processor writes before the visual tokens of an image."""
+    after: str = ""
+    """What it writes behind them."""
+
+
+_QWEN = Family("<|image_pad|>", placed_by_grid=True, visual="<|image_pad|>")
+FAMILIES = {
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "gemma3": Family(
+        "<start_of_image>", placed_by_grid=False, visual="<image_soft_token>",
+        before="\n\n<start_of_image>", after="<end_of_image>\n\n",
+    ),
+}
+"""By the `model_type` of a model's configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A model's family, its image processor, and its limit: enough to know an image's tokens from its size."""
+
+    name: str
+    family: Family
+    processor: BaseImageProcessor
+    token: int
+    """The id of the token in every visual place."""
+    fixed_tokens: int | None = None
+    """Tokens of an image of any size, for a family that resizes all to one."""
+
+    @property
+    def merge(self) -> int:
+        """Patches that become one token, along height and along width."""
+        return 1 if self.fixed_tokens else self.processor.merge_size
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Patches in time, height and width of an image of this height and width, without its pixels."""
+        if self.fixed_tokens:
+            return 1, 1, self.fixed_tokens
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        patch, limits = self.processor.patch_size, self.processor.size
+        height, width = smart_resize(
+            *size, patch * self.processor.merge_size, limits["shortest_edge"], limits["longest_edge"]
+        )
+        return 1, height // patch, width // patch
+
+    def look(self, source: ImageSource, where: str) -> Picture:
+        """An image of a row: its header read, its tokens counted."""
+        raw = pictures.open_picture(source.value, source.root, source.most_pixels, where)
+        grid = self.grid(raw.size)
+        tokens = grid[0] * grid[1] * grid[2] // self.merge**2
+        return Picture(raw.path, b"" if raw.path else raw.encoded, raw.digest, raw.size, grid, tokens)
+
+    def pixels(self, picture: Picture, where: str) -> np.ndarray:
+        """f32[patches, …] or f32[1, 3, height, width]: the decoded image as the model's processor gives it."""
+        image = pictures.decode(encoded(picture, where), where)
+        made = self.processor(images=[image], input_data_format="channels_last", return_tensors="np")
+        grid = tuple(made["image_grid_thw"][0].tolist()) if "image_grid_thw" in made else picture.grid
+        assert grid == picture.grid, f"{where}: {picture.grid} patches were promised, the processor made {grid}"
+        return np.ascontiguousarray(made["pixel_values"], dtype=np.float32)
+
+    def blank(self) -> np.ndarray:
+        """The pixels of the smallest image, all zero: what a micro-batch without images shows its vision tower."""
+        if self.fixed_tokens:
+            size = self.processor.size
+            return np.zeros((1, 3, size["height"], size["width"]), dtype=np.float32)
+        patch = self.processor.patch_size**2 * self.processor.temporal_patch_size * 3
+        return np.zeros((self.merge**2, patch), dtype=np.float32)
+
+    def trial(self) -> tuple[np.ndarray, tuple[int, int, int], int]:
+        """Pixels, grid and tokens of a small made-up image, wider than high, to compare two ways through a model."""
+        blank = self.blank()
+        if self.fixed_tokens:
+            grid, shape = self.blank_grid, blank.shape
+        else:
+            grid = (1, 2 * self.merge, 3 * self.merge)
+            shape = (grid[1] * grid[2], blank.shape[1])
+        made = np.sin(np.arange(np.prod(shape), dtype=np.float64) * 0.7).astype(np.float32).reshape(shape)
+        return made, grid, grid[0] * grid[1] * grid[2] // self.merge**2
+
+    @property
+    def blank_grid(self) -> tuple[int, int, int]:
+        """The grid of `blank`."""
+        return (1, 1, self.fixed_tokens) if self.fixed_tokens else (1, self.merge, self.merge)
+
+    def positions(self, ids: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> np.ndarray:
+        """i64[3, T]: the positions of an example in time, height and width.
+
+        Text counts on in all three. The tokens of an image stand at their row and column behind the place where it
+        begins, and text goes on behind the longer of its sides.
+        """
+        found = np.broadcast_to(np.arange(len(ids)), (3, len(ids))).copy()
+        if not self.family.placed_by_grid or not grids:
+            return found
+        place, visual = 0, np.flatnonzero(ids == self.token)
+        for time, rows, columns in grids:
+            rows, columns = rows // self.merge, columns // self.merge
+            start, begin = int(visual[place]), int(found[0, visual[place]])
+            end = start + time * rows * columns
+            found[:, start:end] = begin + np.indices((time, rows, columns)).reshape(3, -1)
+            found[:, end:] = begin + max(rows, columns) + np.arange(len(ids) - end)
+            place += end - start
+        return found
+
+    def shown(self, conversation: Conversation, turns: Sequence[tuple[int, Turn]]) -> list[Turn]:
+        """Turns, each with the index of its answer, with a place for each visual token in their texts."""
+        seen = _pictures_of(conversation, self)
+        return [self._shown(turn, seen[:index], str(conversation.origin)) for index, turn in turns]
+
+    def prompt(self, text: str, messages: Sequence[Message], where: str) -> tuple[str, tuple[Picture, ...]]:
+        """The text shown for some messages with a place for each visual token, and the images."""
+        images = tuple(picture for message in messages for picture in _pictures(message, self, where))
+        return self._expanded(text, images, where), images
+
+    def _shown(self, turn: Turn, seen: Sequence[Sequence[Picture]], where: str) -> Turn:
+        images = tuple(picture for message in seen for picture in message)
+        if {self.family.placeholder, self.family.visual} & set(_MARK.findall(turn.completion)):
+            raise _astray("the answer holds the token of an image", where)
+        return replace(turn, prompt=self._expanded(turn.prompt, images, where), images=images)
+
+    def _expanded(self, text: str, images: Sequence[Picture], where: str) -> str:
+        family, pieces = self.family, text.split(self.family.placeholder)
+        strange = family.visual != family.placeholder and family.visual in text
+        if len(pieces) - 1 != len(images) or strange:
+            raise _astray(f"the text has {len(pieces) - 1} places for {len(images)} images", where)
+        places = [f"{family.before}{family.visual * picture.tokens}{family.after}" for picture in images]
+        return "".join(piece + place for piece, place in zip(pieces, [*places, ""], strict=True))
+
+
+def _astray(found: str, where: str) -> DataError:
+    return DataError(
+        found, required="one place for each image, and the token of places nowhere else", where=where,
+        remedy="take the token out of the row's text, or set model.chat_template to one that shows images",
+    )
+
+
+def _pictures_of(conversation: Conversation, sight: Sight) -> list[list[Picture]]:
+    """The images of each message."""
+    return [
+        _pictures(message, sight, f"{conversation.origin} message {number}")
+        for number, message in enumerate(conversation.messages, 1)
+    ]
+
+
+def _pictures(message: Message, sight: Sight, where: str) -> list[Picture]:
+    return [sight.look(part.value, where) for part in message.parts if part.kind == "image"]
+
+
+def encoded(picture: Picture, where: str) -> bytes:
+    """The bytes of an image, the very ones that were prepared."""
+    content = picture.content or _again(picture, where)
+    if hashlib.sha256(content).digest() != picture.digest:
+        raise DataError(
+            f"the image {Path(picture.path).name} is not the one that was prepared", where=where,
+            required="the same bytes as when the rows were prepared",
+            remedy="put it back, or delete the prepared data (`check` prints where it is)",
+        )
+    return content
+
+
+def _again(picture: Picture, where: str) -> bytes:
+    try:
+        return Path(picture.path).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"the image {picture.path} is gone: {error.strerror}", required="the images that were prepared",
+            where=where, remedy="put it back",
+        ) from None
+
+
+def blind(conversation: Conversation) -> None:
+    """Refuse images for a model that does not see."""
+    kinds = {part.kind for message in conversation.messages for part in message.parts} - {"text"}
+    if kinds:
+        raise DataError(
+            f"the row has an {min(kinds)}, and the model sees none", required="a model with a vision tower, or text",
+            where=str(conversation.origin), remedy="choose another model, or leave it out with data.messages",
+        )
+
+
+def sees(directory: Path) -> bool:
+    """Whether the model of a directory takes images in a way that is known here."""
+    return _model_type(directory) in FAMILIES
+
+
+def sight(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, most_tokens: int | None
+) -> Sight | None:
+    """How the model of a directory sees; None for a model that does not."""
+    name = _model_type(directory)
+    family = FAMILIES.get(name)
+    if family is None:
+        return None
+    processor = _processor(directory, most_tokens)
+    fixed = None if family.placed_by_grid else _settings(directory)["mm_tokens_per_image"]
+    token = tokenizer.convert_tokens_to_ids(family.visual)
+    _check_token(directory, token, family)
+    return Sight(name, family, processor, token, fixed)
+
+
+@functools.cache
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _model_type(directory: Path) -> str:
+    return str(_settings(directory).get("model_type"))
+
+
+def _check_token(directory: Path, token: int, family: Family) -> None:
+    settings = _settings(directory)
+    wanted = settings.get("image_token_id", settings.get("image_token_index"))
+    if wanted != token:
+        raise ConfigError(
+            f"the tokenizer has {family.visual} as {token}, the model as {wanted}",
+            required="a tokenizer and a configuration that belong together", where=str(directory),
+            remedy="copy both from the same model",
+        )
+
+
+def _processor(directory: Path, most_tokens: int | None) -> BaseImageProcessor:
+    """The model's own image processor on Pillow, perhaps with a smaller limit of tokens."""
+    from transformers import AutoImageProcessor
+
+    try:
+        made = AutoImageProcessor.from_pretrained(
+            directory, backend="pil", trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"the image processor does not load: {' '.join(str(error).split()):.160}",
+            required=f"{PROCESSOR}, which belongs to a model that sees", where=str(directory),
+            remedy="copy the file from the model",
+        ) from None
+    if most_tokens is None:
+        return made
+    if "longest_edge" not in made.size:
+        raise ConfigError(
+            "the model sees every image with the same number of tokens", required="no model.image_tokens",
+            where="model.image_tokens", remedy="remove it",
+        )
+    unit = (made.patch_size * made.merge_size) ** 2
+    made.size = {"shortest_edge": min(made.size["shortest_edge"], most_tokens * unit),
+                 "longest_edge": min(made.size["longest_edge"], most_tokens * unit)}
+    return made

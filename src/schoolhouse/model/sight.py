@@ -1,0 +1,122 @@
+"""Models that see: how they are loaded and called, and the vision tower that runs in every micro-batch.
+
+transformers' own forward encodes the images, puts their features into the places of their tokens (Qwen3-VL also adds
+DeepStack features in its first layers), and runs the language model with our packed attention; a family needs nothing
+here as long as its forward takes `pixel_values`. A micro-batch without images shows the tower one blank patch and adds
+its features with weight 0: so every process runs the same modules in the same order (sharded parameters are gathered
+by all or none), and each parameter has a gradient, of zeros, whichever process computes it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from schoolhouse.data import vision as sights
+from schoolhouse.errors import ConfigError
+from schoolhouse.types import Vision
+
+PLACED_BY_GRID = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+"""Model types whose vision tower takes the grid of patches beside the pixels."""
+PARTS = {
+    "vision": ("model.visual.", "model.vision_tower."),
+    "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list.", "model.multi_modal_projector."),
+    "language": ("model.language_model.", "lm_head."),
+}
+"""The parameters of each part, by how their names begin; a projector inside the vision tower is no part of it."""
+BLANK = "blank"
+"""The argument that carries the blank image through the model's forward to its language model."""
+
+
+def sees(model: PreTrainedModel) -> bool:
+    """Whether the model has a vision tower."""
+    return "vision_config" in model.config.to_dict()
+
+
+def loader(directory: Path) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """transformers' class that loads the model of a directory with all that it has."""
+    return AutoModelForImageTextToText if sights.sees(directory) else AutoModelForCausalLM
+
+
+def attentions(directory: Path, name: str) -> str | dict[str, str]:
+    """The attention of each part of a directory's model: a vision tower keeps PyTorch's own, which is not causal."""
+    return {"": name, "text_config": name, "vision_config": "sdpa"} if sights.sees(directory) else name
+
+
+def attend(model: PreTrainedModel, name: str) -> None:
+    """Set the attention of the language model; a vision tower keeps PyTorch's own, which is not causal."""
+    model.set_attn_implementation({"": name, "text_config": name, "vision_config": "sdpa"} if sees(model) else name)
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Let the language model of a model that sees take the blank image."""
+    model.model.language_model.register_forward_pre_hook(_Blank(model.model), with_kwargs=True)
+
+
+class _Blank:
+    """Before the language model: the features of a blank image are added with weight 0."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = owner
+
+    def __call__(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        blank = kwargs.pop(BLANK, None)
+        if blank is not None:
+            seen = self._owner.get_image_features(**blank, return_dict=True)
+            kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * _total(seen)
+        return args, kwargs
+
+
+def _total(seen: Any) -> torch.Tensor:
+    """A number that hangs on all features of a vision tower's output, DeepStack's included."""
+    features = [seen.pooler_output, *seen.get("deepstack_features", ())]
+    flat = [tensor for one in features for tensor in (one if isinstance(one, tuple | list) else [one])]
+    return sum(tensor.sum() for tensor in flat)
+
+
+def inputs(model: PreTrainedModel, vision: Vision | None) -> dict[str, Any]:
+    """The images of a micro-batch as arguments of the model's forward."""
+    if vision is None:
+        return {}
+    given = {"pixel_values": vision.pixels}
+    if model.config.model_type in PLACED_BY_GRID:
+        given["image_grid_thw"] = vision.grid
+    return given if vision.real else {BLANK: given}
+
+
+def own_inputs(model: PreTrainedModel, vision: Vision, visual: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The images as plain transformers is given them, with the visual places bool[1, S] that its processor marks."""
+    mark = "mm_token_type_ids" if model.config.model_type in PLACED_BY_GRID else "token_type_ids"
+    return {**inputs(model, vision), mark: visual.int()}
+
+
+def freeze(model: PreTrainedModel, parts: tuple[str, ...]) -> None:
+    """Take parts of a model that sees out of training; a part that is not there is an error, and so are all three."""
+    for part in parts:
+        names = [name for name, _ in model.named_parameters() if part_of(name) == part]
+        if not names:
+            raise ConfigError(
+                f"{type(model).__name__} has no {part} to freeze", required="parts that the model has",
+                where="model.freeze", remedy="remove it",
+            )
+        for name, parameter in model.named_parameters():
+            if part_of(name) == part:
+                parameter.requires_grad_(False)
+    if parts and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "nothing is left to train", required="a part that is not frozen", where="model.freeze",
+            remedy="remove one of the parts",
+        )
+
+
+def part_of(name: str) -> str | None:
+    """The part of a model that sees to which a parameter belongs."""
+    found = [
+        (len(beginning), part) for part, beginnings in PARTS.items() for beginning in beginnings
+        if name.startswith(beginning)
+    ]
+    return max(found)[1] if found else None
