@@ -42,8 +42,8 @@ def train(run: Run, stop: StopRequest) -> None:
     stacks, patience = run.record.directory / "stacks", run.recipe.parallel.hang_timeout
     with stop.deferred(), watch.watching(mesh, patience, stacks), run.screen.steps(run.steps, run.done) as progress:
         for step in loader.steps(
-            run.store, run.plan, run.done + 1, run.steps, run.student.device, rank=mesh.data_rank, ranks=mesh.data_ranks,
-            sight=run.served.sight,
+            run.store, run.plan, run.done + 1, run.steps, run.student.device,
+            rank=mesh.data_rank, ranks=mesh.data_ranks, sight=run.served.sight,
         ):
             loaded = time.perf_counter()
             nll, correct = compute_gradient(run.student, step, run.recipe.seed)
