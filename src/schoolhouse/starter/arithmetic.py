@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from itertools import product
 from random import Random
 
-from schoolhouse.starter.words import PEOPLE, SHARES, THINGS, draw, part_of_all, pick, seeded
+from schoolhouse.starter.words import PEOPLE, THINGS, draw, part_of_all, pick, seeded
 
 _SIZES = {"train": 24_000, "validation": 256, "exam": 256}
+_SHARES = {"train": range(28), "validation": range(28, 30), "exam": range(30, 32)}
+"""Which thirty-seconds of all calculations belong to a split: enough that none is asked twice in an exam."""
 
 _LARGEST = 99
 """No number in a problem is larger."""
@@ -150,7 +152,7 @@ class _Problem:
 
 
 def rows(split: str) -> Iterator[dict[str, str]]:
-    """Make the rows of a split, `{"question", "answer"}` each; no question twice."""
+    """Make the rows of a split, `{"question", "answer"}` each: no question twice, and held out no calculation twice."""
     random = seeded("arithmetic", split)
     problems = tuple(_parse(*lines) for lines in _PROBLEMS)
     seen: set[str] = set()
@@ -159,11 +161,13 @@ def rows(split: str) -> Iterator[dict[str, str]]:
         numbers = None
         while numbers is None:
             numbers = _solve(problem, {letter: draw(random, *_RANGES[letter]) for letter in problem.given})
-        if _part_of_all(problem, numbers) not in SHARES[split]:
+        calculation = _chain(problem, numbers)
+        if part_of_all(calculation) not in _SHARES[split]:
             continue
         row = _write(random, problem, numbers)
-        if row["question"] not in seen:
-            seen.add(row["question"])
+        asked = row["question"] if split == "train" else calculation
+        if asked not in seen:
+            seen.add(asked)
             yield row
 
 
@@ -202,17 +206,16 @@ def _solve(problem: _Problem, numbers: dict[str, int]) -> dict[str, int] | None:
     return numbers
 
 
-def _part_of_all(problem: _Problem, numbers: dict[str, int]) -> int:
-    """The part of all calculations this one belongs to, whatever words it is put in.
+def _chain(problem: _Problem, numbers: dict[str, int]) -> str:
+    """A problem's calculation, whatever words it is put in: its hash decides the split, so the exam is unseen.
 
-    This is what keeps the exam unseen: a calculation is its operators and numbers, the order of the two
-    sides of a sum or product aside, and its hash puts it into one split only.
+    It is the operators and numbers, the order of the two sides of a sum or product aside.
     """
     chain = []
     for left, operator, right, _ in problem.steps:
         sides = [numbers[part] if part in numbers else int(part) for part in (left, right)]
         chain.append(f"{operator}".join(map(str, sorted(sides) if operator in "+*" else sides)))
-    return part_of_all(";".join(chain))
+    return ";".join(chain)
 
 
 def _write(random: Random, problem: _Problem, numbers: dict[str, int]) -> dict[str, str]:
