@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from schoolhouse import checkpoint
+from schoolhouse import checkpoint, saving
 from schoolhouse.checkpoint import OPTIMIZER, WEIGHTS, Checkpoint
 from schoolhouse.errors import CheckpointError
+from schoolhouse.saving import Place, Saver
 
 FLIPS = 64
 STATE = {"position": {"epoch": 1, "step": 3}, "best": None, "data": "print", "steps": 9}
@@ -41,8 +42,11 @@ def tensors(seed: int) -> dict[str, dict[str, Tensor]]:
 
 
 def save(parent: Path, step: int = 3, **state: Any) -> Path:
+    saver = Saver(Place(parent), keep=99)
     kinds = {kind: iter(named.items()) for kind, named in tensors(step).items()}
-    return checkpoint.save(parent, step, kinds, {**STATE, **state}, "model: é\n")
+    saver.save(step, kinds, {**STATE, **state}, "model: é\n")
+    saver.finish()
+    return parent / f"step-{step:08d}"
 
 
 def same(found: Checkpoint, step: int) -> bool:
@@ -203,10 +207,11 @@ def test_left_overs_of_a_kill_are_ignored_and_cleared(tmp_path: Path) -> None:
     """Killed while staging and while removing: both are rubbish under another name."""
     save(tmp_path, 2)
     (tmp_path / "step-00000002").rename(tmp_path / ".tmp-removed-step-00000002")
-    staged = tmp_path / ".tmp-step-00000004-123"
+    staged = tmp_path / ".tmp-step-00000004"
     staged.mkdir()
     (staged / "weights-00000.safetensors").write_bytes(b"half")
     assert checkpoint.newest(tmp_path) == (None, [])
+    checkpoint.clear_staging(tmp_path)
     save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
     checkpoint.clear_staging(tmp_path / "none")
@@ -227,13 +232,13 @@ def full(*_: Any, **__: Any) -> None:
 
 
 def break_write(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checkpoint, "save_file", full)
+    patch.setattr(saving, "save_file", full)
 
 
 def break_second_write(patch: pytest.MonkeyPatch) -> None:
     """The weights fit, the moments do not."""
-    plain = checkpoint.save_file
-    patch.setattr(checkpoint, "save_file", lambda named, path: full() if OPTIMIZER in str(path) else plain(named, path))
+    plain = saving.save_file
+    patch.setattr(saving, "save_file", lambda named, path: full() if OPTIMIZER in str(path) else plain(named, path))
 
 
 def break_sync(patch: pytest.MonkeyPatch) -> None:
@@ -242,8 +247,8 @@ def break_sync(patch: pytest.MonkeyPatch) -> None:
 
 def break_last_sync(patch: pytest.MonkeyPatch) -> None:
     """The checkpoint is in its place when the directory above it cannot be written through."""
-    plain = checkpoint._sync
-    patch.setattr(checkpoint, "_sync", lambda path: full() if path.name == "checkpoints" else plain(path))
+    plain = saving._sync
+    patch.setattr(saving, "_sync", lambda path: full() if path.name == "checkpoints" else plain(path))
 
 
 def break_rename(patch: pytest.MonkeyPatch) -> None:
@@ -282,11 +287,12 @@ def test_a_failing_disk_leaves_earlier_ones_whole(
 def test_a_real_limit_of_the_disk_is_the_same_error(tmp_path: Path) -> None:
     """The kernel refuses to let a file grow: what safetensors raises then is no OSError, and is the same to a user."""
     code = (
-        "import resource, sys, torch; from pathlib import Path; from schoolhouse import checkpoint\n"
-        "parent = Path(sys.argv[1]); kinds = {'weights': [('a', torch.ones(10))]}\n"
-        "checkpoint.save(parent, 2, kinds, {}, '')\n"
+        "import resource, sys, torch; from pathlib import Path; from schoolhouse import checkpoint, saving\n"
+        "parent = Path(sys.argv[1]); saver = saving.Saver(saving.Place(parent), 2)\n"
+        "saver.save(2, {'weights': [('a', torch.ones(10))]}, {}, ''); saver.finish()\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try: checkpoint.save(parent, 4, {'weights': [('a', torch.ones(100_000))]}, {}, '')\n"
+        "saver.save(4, {'weights': [('b', torch.ones(100_000))]}, {}, '')\n"
+        "try: saver.finish()\n"
         "except checkpoint.CheckpointError as error: print(error.exit_code, error.found)\n"
         "print([path.name for path in parent.iterdir()], checkpoint.newest(parent)[0].step)\n"
     )

@@ -26,7 +26,7 @@ LAYERS = (
     ("errors", "types", "config", "recipe", "places", "starter"),
     ("data", "parallel"),
     ("loss", "model", "optim", "graders", "memory", "stopping"),
-    ("checkpoint", "evaluate", "record", "screen", "overview", "export", "proof", "report"),
+    ("checkpoint", "saving", "evaluate", "record", "screen", "overview", "export", "proof", "report"),
     ("run", "trained", "talk", "train", "jobs", "selfcheck"),
     ("commands", "cli", "__main__"),
 )

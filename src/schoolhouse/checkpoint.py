@@ -1,36 +1,65 @@
 """Checkpoints: whole, verified and inert. Staged, hashed, synced, renamed; safetensors and JSON, never a pickle.
 
     checkpoints/step-00000123/
-        weights-00000.safetensors     the trained weights (float32), this rank's pieces
+        weights-00000.safetensors     the trained weights (float32), the pieces of rank 0; -00001 of rank 1
         optimizer-00000.safetensors   their moments
         index.json                    each tensor's shape and where its pieces lie
         state.json                    the step, the data's position and fingerprint, the exam's score
         recipe.yaml
         manifest.json                 bytes and SHA-256 of every other file, and of itself
+
+This file reads; `saving` writes. Any number of processes reads what any number has written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from schoolhouse.errors import CheckpointError
 
 PREFIX = "step-"
 STAGING = ".tmp-"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
+INDEX, STATE, RECIPE, MANIFEST = "index.json", "state.json", "recipe.yaml", "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of a tensor that one process holds."""
+
+    tensor: Tensor
+    offset: tuple[int, ...]
+    """Where it begins in the whole, one number a dimension."""
+    shape: tuple[int, ...]
+    """Of the whole."""
+
+
+def piece(tensor: Tensor, rank: int = 0) -> Piece | None:
+    """What rank `rank` writes of a tensor: its shard of a sharded one, and rank 0 all of one that every rank holds.
+
+    None where another rank writes the same values, or where this one's share is empty.
+    """
+    if not isinstance(tensor, DTensor):
+        return Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape)) if rank == 0 else None
+    mesh, placements = tensor.device_mesh, tensor.placements
+    copies = [place for axis, place in enumerate(mesh.get_coordinate()) if placements[axis].is_replicate()]
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    if any(copies) or (math.prod(shape) == 0 and tensor.numel() > 0):
+        return None
+    return Piece(tensor.to_local(), tuple(offset), tuple(tensor.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +68,8 @@ class Checkpoint:
 
     path: Path
     state: Mapping[str, Any]
+    index: Mapping[str, Mapping[str, Any]]
+    """By kind and name: `{"shape", "dtype", "pieces": [{"file", "offset", "shape"}]}`."""
 
     @property
     def step(self) -> int:
@@ -47,67 +78,69 @@ class Checkpoint:
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """All tensors of `WEIGHTS` or `OPTIMIZER`, put together from their pieces."""
-        index = json.loads((self.path / "index.json").read_text(encoding="utf-8"))[kind]
-        return {name: self._assemble(name, entry) for name, entry in index.items()}
+        return {name: self.read(kind, name) for name in self.index[kind]}
 
-    def _assemble(self, name: str, entry: Mapping[str, Any]) -> Tensor:
-        whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        for piece in entry["pieces"]:
-            with safetensors.safe_open(self.path / piece["file"], "pt") as file:
-                part = file.get_tensor(name)
-            place = tuple(slice(start, start + size) for start, size in zip(piece["offset"], part.shape, strict=True))
-            whole[place] = part
-        return whole
+    def like(self, kind: str, name: str, tensor: Tensor) -> Tensor:
+        """The part of a saved tensor that this process holds of `tensor`: its shard of a sharded one, else all."""
+        if not isinstance(tensor, DTensor):
+            return self.read(kind, name)
+        return self.read(kind, name, *compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )[::-1])
+
+    def read(
+        self, kind: str, name: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """The block of a tensor that begins at `offset` and has `shape` (unset: all), from the pieces that meet it."""
+        entry = self.index[kind][name]
+        shape = list(entry["shape"] if shape is None else shape)
+        offset = [0] * len(shape) if offset is None else list(offset)
+        block = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
+        filled = 0
+        for part in entry["pieces"]:
+            common = [
+                (max(start, begin), min(start + size, begin + length))
+                for start, size, begin, length in zip(offset, shape, part["offset"], part["shape"], strict=True)
+            ]
+            if any(end <= begin for begin, end in common):
+                continue
+            with safetensors.safe_open(self.path / part["file"], "pt") as file:
+                whole = file.get_slice(name)
+                found = whole[_places(common, part["offset"])] if common else file.get_tensor(name)
+            block[_places(common, offset)] = found
+            filled += found.numel()
+        if filled != block.numel():
+            raise _damaged(self.path, INDEX, f"has pieces for {filled} of {block.numel()} values of {name}")
+        return block
 
 
-def save(
-    parent: Path, step: int, tensors: Mapping[str, Iterable[tuple[str, Tensor]]], state: Mapping[str, Any], recipe: str
-) -> Path:
-    """Write `parent/step-…` so that it exists whole or not at all; raises CheckpointError where storage fails."""
-    name = f"{PREFIX}{step:08d}"
-    staging = parent / f"{STAGING}{name}-{os.getpid()}"
-    try:
-        parent.mkdir(exist_ok=True)  # and not its parents: a run directory that vanished must not come back half
-        clear_staging(parent)
-        staging.mkdir()
-        _write(staging, tensors, {**state, "step": step}, recipe)
-        _sync_all(staging)
-        final = parent / name
-        if final.exists():
-            _remove(final)
-        staging.rename(final)
-        _sync(parent)
-        for later in steps_in(parent):  # refused ones that the run went back behind, and now writes anew
-            if _step(later) > step:
-                _remove(later)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        free = shutil.disk_usage(parent).free if parent.is_dir() else 0
-        raise CheckpointError(
-            f"the checkpoint of step {step} was not written: {error}",
-            required=f"space for the weights and twice as much for their moments; {free / 2**30:.2f} GiB are free",
-            where=str(parent), remedy="make room and run the same command again; earlier checkpoints are untouched",
-        ) from error
-    return final
+def _places(common: Sequence[tuple[int, int]], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(begin - start, end - start) for (begin, end), start in zip(common, origin, strict=True))
+
+
+def opened(path: Path) -> Checkpoint:
+    """A checkpoint that another process has verified."""
+    state, index = (json.loads((path / name).read_bytes()) for name in (STATE, INDEX))
+    return Checkpoint(path, state, index)
 
 
 def verify(path: Path) -> Checkpoint:
     """Compare every byte of a checkpoint with its manifest; raises CheckpointError naming the first difference."""
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest = json.loads((path / MANIFEST).read_bytes())
         files = manifest["files"]
-        if manifest["sha256"] != _digest(files):
-            raise _damaged(path, "manifest.json", "was changed")
+        if manifest["sha256"] != digest(files):
+            raise _damaged(path, MANIFEST, "was changed")
         for name, entry in files.items():
             if (path / name).stat().st_size != entry["bytes"]:
                 raise _damaged(path, name, f"has {(path / name).stat().st_size} bytes, not {entry['bytes']}")
-            if _sha256(path / name) != entry["sha256"]:
+            if sha256(path / name) != entry["sha256"]:
                 raise _damaged(path, name, "sha256 mismatch")
-        return Checkpoint(path, json.loads((path / "state.json").read_bytes()))
+        return opened(path)
     except FileNotFoundError as error:
         raise _damaged(path, Path(error.filename).name, "is missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, "manifest.json", f"cannot be read ({type(error).__name__})") from None
+        raise _damaged(path, MANIFEST, f"cannot be read ({type(error).__name__})") from None
 
 
 def newest(parent: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
@@ -124,10 +157,11 @@ def newest(parent: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
 def steps_in(parent: Path) -> list[Path]:
     """The directories of checkpoints, oldest first; whether they are whole is not looked at."""
     found = [path for path in parent.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(path.name.removeprefix(PREFIX))
 
 
@@ -135,72 +169,34 @@ def prune(parent: Path, keep: int, best: int | None) -> list[int]:
     """Remove all but the newest `keep` checkpoints and the one of step `best`; the steps removed."""
     removed = []
     for path in steps_in(parent)[:-keep]:
-        step = _step(path)
-        if step != best:
-            _remove(path)
-            removed.append(step)
+        if step_of(path) != best:
+            remove(path)
+            removed.append(step_of(path))
     return removed
 
 
-def clear_staging(parent: Path) -> None:
-    """Remove what killed writers left; the run's lock guarantees that none is at work."""
-    for left in parent.glob(f"{STAGING}*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _write(
-    staging: Path, kinds: Mapping[str, Iterable[tuple[str, Tensor]]], state: Mapping[str, Any], recipe: str
-) -> None:
-    index: dict[str, dict[str, Any]] = {}
-    for kind, pairs in kinds.items():
-        tensors = {name: value.detach().to("cpu").contiguous() for name, value in pairs}
-        file = f"{kind}-00000.safetensors"
-        save_file(tensors, staging / file)
-        index[kind] = {
-            name: {
-                "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."),
-                "pieces": [{"file": file, "offset": [0] * value.ndim}],
-            }
-            for name, value in tensors.items()
-        }
-    (staging / "index.json").write_text(json.dumps(index), encoding="utf-8")
-    (staging / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    (staging / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())
-    }
-    manifest = {"files": files, "sha256": _digest(files)}
-    (staging / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Rename first, so that a kill in between leaves rubbish and not half a checkpoint."""
     doomed = path.with_name(f"{STAGING}removed-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def _sync_all(directory: Path) -> None:
-    for path in directory.iterdir():
-        _sync(path)
-    _sync(directory)
+def clear_staging(parent: Path) -> None:
+    """Remove what killed writers left. Before the first save, by rank 0 alone: the run's lock keeps others away."""
+    for left in parent.glob(f"{STAGING}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file or a directory is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(files: Mapping[str, Any]) -> str:
+def digest(files: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's own list."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

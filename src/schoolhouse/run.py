@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -17,7 +18,7 @@ import torch
 import transformers
 
 import schoolhouse
-from schoolhouse import checkpoint, evaluate, graders, optim, overview, places
+from schoolhouse import checkpoint, evaluate, graders, optim, overview, places, saving
 from schoolhouse import recipe as recipes
 from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Recipe
@@ -26,12 +27,13 @@ from schoolhouse.data import plan as plans
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
-from schoolhouse.errors import ConfigError
+from schoolhouse.errors import CheckpointError, ConfigError
 from schoolhouse.model import load, lora
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel.mesh import Mesh
 from schoolhouse.record import METRICS, SAMPLES, Record
+from schoolhouse.saving import Saver
 from schoolhouse.screen import Screen
 
 SHOWN_ROWS = 4
@@ -55,22 +57,21 @@ class Run:
     questions: Sequence[evaluate.Question]
     plan: Plan
     steps: int
+    saver: Saver
     done: int = 0
     best: dict[str, Any] | None = None
     """`{"step", "score"}` of the best exam so far."""
     info: dict[str, Any] = field(default_factory=dict)
     """The content of `run.json`."""
+    stalled: float = 0.0
+    """Seconds that the save after the last step held training up."""
     began: float = field(default_factory=time.monotonic)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints are."""
-        return self.record.directory / "checkpoints"
 
     def note_step(self, record: dict[str, Any]) -> None:
         """A step is done."""
         self.done = record["step"]
-        self.record.append(METRICS, record)
+        self.record.append(METRICS, {**record, "save_stall_seconds": self.stalled})
+        self.stalled = 0.0
 
     def look(self, step: int) -> None:
         """Validation and exam where they are due after `step`."""
@@ -100,19 +101,34 @@ class Run:
         return asked or best or step == self.steps or step % self.recipe.checkpoint.every == 0
 
     def save(self, step: int) -> None:
-        """Write a checkpoint and remove those no longer kept."""
+        """Begin to write a checkpoint, once the one before it is on the disk."""
+        began = time.perf_counter()
+        self.finish_save()
         state = {
             "position": dataclasses.asdict(self.plan.position(step)), "steps": self.steps, "best": self.best,
             "data": self.store.fingerprint,
         }
         tensors = {checkpoint.WEIGHTS: self.optimizer.weights(), checkpoint.OPTIMIZER: self.optimizer.moments()}
-        checkpoint.save(self.checkpoints, step, tensors, state, recipes.dump(self.recipe))
         best = None if self.best is None else self.best["step"]
-        removed = checkpoint.prune(self.checkpoints, self.recipe.checkpoint.keep, best)
-        self.record.event("checkpoint saved", step=step, removed=removed)
+        self.saver.save(step, tensors, state, recipes.dump(self.recipe), best)
+        self.stalled = time.perf_counter() - began
+
+    def look_at_save(self) -> None:
+        """Note a checkpoint that was written meanwhile; raises CheckpointError where that failed."""
+        self._note_saved(self.saver.finished())
+
+    def finish_save(self) -> None:
+        """Wait until the last checkpoint is on the disk; raises CheckpointError where that failed."""
+        self._note_saved(self.saver.finish())
+
+    def _note_saved(self, saved: saving.Saved | None) -> None:
+        if saved is not None:
+            self.record.event("checkpoint saved", **dataclasses.asdict(saved))
 
     def finish(self, status: str) -> None:
-        """Note how the run ended."""
+        """Note how the run ended; what is being written is waited for."""
+        with contextlib.suppress(CheckpointError):  # of an error that is on its way already
+            self.finish_save()
         seconds = self.info.get("seconds", 0.0) + time.monotonic() - self.began
         self.info = {**self.info, "status": status, "seconds": seconds}
         self.record.write("run.json", self.info)
@@ -138,9 +154,11 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh) -> Run:
     optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision)
     plan = plans.plan(store, recipe, _packs_at_once(previous, mesh))
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
+    saver = Saver(saving.Place(record.directory / "checkpoints"), recipe.checkpoint.keep)
+    checkpoint.clear_staging(saver.place.parent)
     run = Run(
         recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
-        plan, steps,
+        plan, steps, saver,
     )
     run.info = _info(run, path, today, difference)
     run.info["seconds"] = previous.get("seconds", 0.0)
@@ -161,7 +179,7 @@ def _packs_at_once(previous: dict[str, Any], mesh: Mesh) -> int:
 
 def _newest(run: Run) -> Checkpoint | None:
     """The newest checkpoint that verifies, if it is of the same data."""
-    found, rejected = checkpoint.newest(run.checkpoints)
+    found, rejected = checkpoint.newest(run.saver.place.parent)
     for fault in rejected:
         run.screen.say(fault.found)
         run.record.event(fault.found)

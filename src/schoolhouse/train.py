@@ -49,6 +49,7 @@ def train(run: Run, stop: StopRequest) -> None:
             nll, correct = compute_gradient(run.student, step, run.recipe.seed)
             norm = float(run.optimizer.clip())
             _refuse_non_finite(run, step, nll, norm)
+            run.look_at_save()
             rate = optim.learning_rate(run.recipe.optim, step.index, run.steps)
             run.optimizer.step(rate)
             done = time.perf_counter()
@@ -60,8 +61,10 @@ def train(run: Run, stop: StopRequest) -> None:
             if run.save_is_due(step.index, asked=asked):
                 run.save(step.index)
             if asked and step.index < run.steps:
+                run.finish_save()
                 raise Stopped(f"stopped after step {step.index} of {run.steps}; the same command continues")
             ticks = time.perf_counter()
+        run.finish_save()
 
 
 def compute_gradient(student: Student, step: Step, seed: int) -> tuple[float, int]:

@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def test_a_killed_run_is_the_run_that_was_not_killed(number: int, steps: int, tm
             with started("run", page, f"directory={run}") as process:
                 kill(process, run, draw)
                 assert process.ended() == -signal.SIGKILL, "it was killed, and did not end by itself"
-                check_left(run, process.process.pid, count)
+                check_left(run, count)
                 check_resumed(process.said())
         check_resumed(program("run", page, f"directory={run}").stderr)
         assert undisturbed.ended() == 0, undisturbed.said()
@@ -74,28 +73,32 @@ def kill_in_training(process: Started, run: Path, draw: random.Random) -> None:
 
 
 def kill_in_save(process: Started, run: Path, draw: random.Random) -> None:
-    """A random time after the staging directory of this process appears."""
-    process.wait_for(staged_by(run, process.process.pid), "save", pause=0.0005)
+    """A random time after this process begins to stage a checkpoint."""
+    process.wait_for(lambda: goes_on(process.said()), "start")  # what was left of an earlier save is gone by then
+    process.wait_for(lambda: staged(run), "save", pause=0.0005)
     time.sleep(draw.choice([0.0, draw.random() * SAVE_SECONDS]))
     process.signal(signal.SIGKILL)
 
 
-def staged_by(run: Path, pid: int) -> Callable[[], bool]:
-    def seen() -> bool:
-        names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []  # noqa: PTH208
-        return any(name.startswith(".tmp-step-") and name.endswith(f"-{pid}") for name in names)
-
-    return seen
+def staged(run: Path) -> bool:
+    """Whether a half-written checkpoint is there."""
+    names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []  # noqa: PTH208
+    return any(name.startswith(".tmp-step-") for name in names)
 
 
-def check_left(run: Path, pid: int, count: Count) -> None:
+def check_left(run: Path, count: Count) -> None:
     """Whatever has a checkpoint's name is whole: half-written ones have another."""
     left = [checkpoint.verify(path).step for path in checkpoint.steps_in(run / "checkpoints")]
-    count.staged += staged_by(run, pid)()
+    count.staged += staged(run)
     count.steps_lost += last_step(run) - max([0, *left])
 
 
 def check_resumed(said: str) -> None:
     """It says where it continues, once it has anything to continue from; it never asks for anything."""
     assert "Traceback" not in said
-    assert re.search(r"resumed from step \d+ \(verified\)", said) or "validation after step 0" in said
+    assert goes_on(said)
+
+
+def goes_on(said: str) -> bool:
+    """Whether it has begun to train, from a checkpoint or from nothing."""
+    return bool(re.search(r"resumed from step \d+ \(verified\)", said)) or "validation after step 0" in said
