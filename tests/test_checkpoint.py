@@ -20,7 +20,7 @@ from torch import Tensor
 from schoolhouse import checkpoint, saving
 from schoolhouse.checkpoint import OPTIMIZER, WEIGHTS, Checkpoint
 from schoolhouse.errors import CheckpointError
-from schoolhouse.saving import Place, Saver
+from schoolhouse.saving import Saver, Storage
 
 FLIPS = 64
 STATE = {"position": {"epoch": 1, "step": 3}, "best": None, "data": "print", "steps": 9}
@@ -42,7 +42,7 @@ def tensors(seed: int) -> dict[str, dict[str, Tensor]]:
 
 
 def save(parent: Path, step: int = 3, **state: Any) -> Path:
-    saver = Saver(Place(parent), keep=99)
+    saver = Saver(Storage(parent), keep=99)
     kinds = {kind: iter(named.items()) for kind, named in tensors(step).items()}
     saver.save(step, kinds, {**STATE, **state}, "model: é\n")
     saver.finish()
@@ -288,7 +288,7 @@ def test_a_real_limit_of_the_disk_is_the_same_error(tmp_path: Path) -> None:
     """The kernel refuses to let a file grow: what safetensors raises then is no OSError, and is the same to a user."""
     code = (
         "import resource, sys, torch; from pathlib import Path; from schoolhouse import checkpoint, saving\n"
-        "parent = Path(sys.argv[1]); saver = saving.Saver(saving.Place(parent), 2)\n"
+        "parent = Path(sys.argv[1]); saver = saving.Saver(saving.Storage(parent), 2)\n"
         "saver.save(2, {'weights': [('a', torch.ones(10))]}, {}, ''); saver.finish()\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "saver.save(4, {'weights': [('b', torch.ones(100_000))]}, {}, '')\n"

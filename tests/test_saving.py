@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from schoolhouse import checkpoint, saving
 from schoolhouse.checkpoint import OPTIMIZER, WEIGHTS, Piece
 from schoolhouse.errors import CheckpointError
-from schoolhouse.saving import Place, Saver
+from schoolhouse.saving import Saver, Storage
 
 
 def together(parent: Path, held: list[dict[str, Piece]], step: int = 5) -> list[Future[Path]]:
@@ -32,7 +32,7 @@ def together(parent: Path, held: list[dict[str, Piece]], step: int = 5) -> list[
     ranks = len(held)
     with ThreadPoolExecutor(ranks) as pool:
         return [
-            pool.submit(saving.write, Place(parent, rank, ranks), step, {WEIGHTS: mine, OPTIMIZER: {}}, {}, "")
+            pool.submit(saving.write, Storage(parent, rank, ranks), step, {WEIGHTS: mine, OPTIMIZER: {}}, {}, "")
             for rank, mine in enumerate(held)
         ]
 
@@ -157,7 +157,7 @@ def test_when_one_rank_cannot_write_all_ranks_hear_of_it(
 
 @pytest.fixture
 def saver(tmp_path: Path) -> Saver:
-    return Saver(Place(tmp_path / "checkpoints"), keep=2)
+    return Saver(Storage(tmp_path / "checkpoints"), keep=2)
 
 
 def begin(saver: Saver, step: int, tensor: Tensor) -> None:
@@ -177,9 +177,9 @@ def test_what_is_saved_is_the_state_at_the_call(saver: Saver, monkeypatch: pytes
         go.set()
         assert saver.finish().step == step and saver.finish() is None
         go.clear()
-        found = checkpoint.verify(saver.place.parent / f"step-{step:08d}")
+        found = checkpoint.verify(saver.storage.parent / f"step-{step:08d}")
         assert found.read(WEIGHTS, "one").tolist() == [step] * 3
-    assert [path.name[-1] for path in checkpoint.steps_in(saver.place.parent)] == ["2", "3"]
+    assert [path.name[-1] for path in checkpoint.steps_in(saver.storage.parent)] == ["2", "3"]
 
 
 def test_a_failure_in_the_background_is_raised_once_seen(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_a_failure_in_the_background_is_raised_once_seen(saver: Saver, monkeypat
     with pytest.raises(CheckpointError, match="Input/output error"):
         while time.monotonic() < limit:
             saver.finished()
-    assert saver.finished() is None and list(saver.place.parent.iterdir()) == []
+    assert saver.finished() is None and list(saver.storage.parent.iterdir()) == []
 
 
 def test_host_memory_is_taken_once(saver: Saver) -> None:

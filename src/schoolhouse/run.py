@@ -154,8 +154,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh) -> Run:
     optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision)
     plan = plans.plan(store, recipe, _packs_at_once(previous, mesh))
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
-    saver = Saver(saving.Place(record.directory / "checkpoints"), recipe.checkpoint.keep)
-    checkpoint.clear_staging(saver.place.parent)
+    saver = Saver(saving.Storage(record.directory / "checkpoints", mesh.rank, mesh.world), recipe.checkpoint.keep)
     run = Run(
         recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
         plan, steps, saver,
@@ -178,11 +177,18 @@ def _packs_at_once(previous: dict[str, Any], mesh: Mesh) -> int:
 
 
 def _newest(run: Run) -> Checkpoint | None:
-    """The newest checkpoint that verifies, if it is of the same data."""
-    found, rejected = checkpoint.newest(run.saver.place.parent)
-    for fault in rejected:
-        run.screen.say(fault.found)
-        run.record.event(fault.found)
+    """The newest checkpoint that verifies, if it is of the same data. Rank 0 looks at every byte, for all ranks."""
+    parent, mesh = run.saver.storage.parent, run.student.mesh
+    found = None
+    if mesh.is_first:
+        checkpoint.clear_staging(parent)
+        found, rejected = checkpoint.newest(parent)
+        for fault in rejected:
+            run.screen.say(fault.found)
+            run.record.event(fault.found)
+    name = mesh.share(found.path.name if found else None)  # and nobody saves before the staging of others is cleared
+    if name is not None and found is None:
+        found = checkpoint.opened(parent / name)
     if found is not None and found.state["data"] != run.store.fingerprint:
         raise ConfigError(
             "the data or the tokenizer changed since this run began", required="the rows and tokenizer it began with",

@@ -37,7 +37,7 @@ Kinds = Mapping[str, Mapping[str, Piece]]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Storage:
     """Where a run's checkpoints are written, and by whom."""
 
     parent: Path
@@ -66,8 +66,8 @@ class Saved:
 class Saver:
     """Saves a run's state without stopping it; one save at a time, and no failure goes unsaid."""
 
-    def __init__(self, place: Place, keep: int) -> None:
-        self.place = place
+    def __init__(self, storage: Storage, keep: int) -> None:
+        self.storage = storage
         self._keep = keep
         self._host: dict[tuple[str, str], Tensor] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -98,7 +98,7 @@ class Saver:
     def _copied(self, kind: str, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Piece]]:
         """This rank's pieces in host memory, which is taken once and used for every save."""
         for name, tensor in pairs:
-            held = checkpoint.piece(tensor.detach(), self.place.rank)
+            held = checkpoint.piece(tensor.detach(), self.storage.rank)
             if held is None:
                 continue
             if (kind, name) not in self._host:
@@ -112,30 +112,30 @@ class Saver:
         self, step: int, kinds: Kinds, state: Mapping[str, Any], recipe: str, best: int | None
     ) -> Saved:
         began = time.perf_counter()
-        write(self.place, step, kinds, state, recipe)
-        removed = checkpoint.prune(self.place.parent, self._keep, best) if self.place.leads else []
+        write(self.storage, step, kinds, state, recipe)
+        removed = checkpoint.prune(self.storage.parent, self._keep, best) if self.storage.leads else []
         size = sum(one.tensor.nbytes for named in kinds.values() for one in named.values())
         return Saved(step, removed, time.perf_counter() - began, size)
 
 
-def write(place: Place, step: int, kinds: Kinds, state: Mapping[str, Any], recipe: str) -> Path:
+def write(storage: Storage, step: int, kinds: Kinds, state: Mapping[str, Any], recipe: str) -> Path:
     """Write `step-…` so that it exists whole or not at all; every rank calls it. Raises CheckpointError."""
-    final = place.parent / f"{PREFIX}{step:08d}"
-    staging = place.parent / f"{STAGING}{final.name}"
+    final = storage.parent / f"{PREFIX}{step:08d}"
+    staging = storage.parent / f"{STAGING}{final.name}"
     try:
-        place.parent.mkdir(exist_ok=True)  # and not its parents: a run directory that vanished must not come back half
+        storage.parent.mkdir(exist_ok=True)  # not its parents: a run directory that vanished stays away
         staging.mkdir(exist_ok=True)
-        part = _write_pieces(staging, kinds, place.rank)
-        if place.leads:
-            parts = [part, *(_note(staging, rank) for rank in range(1, place.ranks))]
+        part = _write_pieces(staging, kinds, storage.rank)
+        if storage.leads:
+            parts = [part, *(_note(staging, rank) for rank in range(1, storage.ranks))]
             _complete(staging, parts, {**state, "step": step}, recipe)
             _give_name(staging, final)
         else:
-            _lay_note(staging, place.rank, part)
+            _lay_note(staging, storage.rank, part)
             _wait_for_name(staging, final)
     except (OSError, SafetensorError, _PeerError) as error:
-        _give_up(staging, place, error)
-        raise _unwritten(place, step, kinds, error) from error
+        _give_up(staging, storage, error)
+        raise _unwritten(storage, step, kinds, error) from error
     return final
 
 
@@ -237,24 +237,24 @@ def _wait(ready: Any, otherwise: str) -> None:
         time.sleep(PAUSE)
 
 
-def _give_up(staging: Path, place: Place, error: Exception) -> None:
+def _give_up(staging: Path, storage: Storage, error: Exception) -> None:
     """Free what was taken, and tell the other ranks: rank 0 by removing the directory, another by its note."""
-    if place.leads:
+    if storage.leads:
         shutil.rmtree(staging, ignore_errors=True)
         return
     with contextlib.suppress(OSError):
-        for path in staging.glob(f"*-{place.rank:05d}.safetensors"):
+        for path in staging.glob(f"*-{storage.rank:05d}.safetensors"):
             path.unlink()
-        _lay_note(staging, place.rank, {"failed": str(error)})
+        _lay_note(staging, storage.rank, {"failed": str(error)})
 
 
-def _unwritten(place: Place, step: int, kinds: Kinds, error: Exception) -> CheckpointError:
-    need = sum(one.tensor.nbytes for named in kinds.values() for one in named.values()) * place.ranks
-    free = shutil.disk_usage(place.parent).free if place.parent.is_dir() else 0
+def _unwritten(storage: Storage, step: int, kinds: Kinds, error: Exception) -> CheckpointError:
+    need = sum(one.tensor.nbytes for named in kinds.values() for one in named.values()) * storage.ranks
+    free = shutil.disk_usage(storage.parent).free if storage.parent.is_dir() else 0
     return CheckpointError(
         f"the checkpoint of step {step} was not written: {error}",
         required=f"about {need / 2**30:.2f} GiB for it; {free / 2**30:.2f} GiB are free",
-        where=str(place.parent), remedy="make room and run the same command again; earlier checkpoints are untouched",
+        where=str(storage.parent), remedy="make room and run the same command again; earlier checkpoints are untouched",
     )
 
 
