@@ -30,6 +30,7 @@ from schoolhouse import places, train
 from schoolhouse.config import Recipe
 from schoolhouse.data import loader, prepare, served
 from schoolhouse.data import plan as plans
+from schoolhouse.data.choose import Choice
 from schoolhouse.data.store import Store
 from schoolhouse.errors import ModelError
 from schoolhouse.model import load
@@ -114,8 +115,10 @@ def print_lines(lines: Sequence[Line]) -> None:
 def _first_rows(recipe: Recipe, directory: Path, rows: int) -> Store:
     """The examples of the first rows of the first source."""
     first = recipe.data.train[0]
-    source = first.model_copy(update={"limit": min(rows, first.limit or rows)})
-    return prepare.prepare(recipe.data, [source], served.serving(recipe.model, directory), served.rules(recipe))
+    source = first.model_copy(update={"limit": min(rows, first.limit or rows), "proportion": None})
+    return prepare.prepare(
+        recipe.data, Choice((source,)), served.serving(recipe.model, directory), served.rules(recipe)
+    )
 
 
 # ---- the two ways --------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def as_a_run_does(recipe: Recipe, directory: Path, store: Store, precision: str)
     """Loss and gradients by the code that trains, on the layout of the recipe."""
     settings = recipe.model.model_copy(update={"precision": precision})
     torch.manual_seed(recipe.seed)
-    student = load.load(directory, settings, load.device(recipe.device))
+    student = load.load(directory, settings, load.device(recipe.device), adapters=recipe.lora)
     optimizer = Optimizer(student.model, recipe.optim, precision)
     student.model.eval()
     packs = plans.partition(store.lengths, recipe.batch.tokens)
@@ -143,7 +146,7 @@ def plainly(
 ) -> tuple[float, Gradients]:
     """Loss and gradients as plainly as they can be written, from the same weights, computed in `arithmetic`."""
     torch.manual_seed(recipe.seed)
-    model = load.load(directory, recipe.model, load.device(recipe.device)).model
+    model = load.load(directory, recipe.model, load.device(recipe.device), adapters=recipe.lora).model
     model.set_attn_implementation("eager")
     model.eval()
     if precision != "float32":
