@@ -25,6 +25,7 @@ from schoolhouse.errors import DataError, TemplateError
 from schoolhouse.graders import Grader
 from schoolhouse.model import attention, families, sight
 from schoolhouse.model.load import Student
+from schoolhouse.parallel import fsdp
 from schoolhouse.types import Conversation, Message, Part, Picture, Vision
 
 
@@ -73,18 +74,17 @@ def validation(
 ) -> dict[str, Any]:
     """Loss and accuracy by the training equation: sums over every validation row once, divided once."""
     started = time.perf_counter()
-    nll, correct, supervised, tokens = 0.0, 0, 0.0, 0
-    packs = plan.partition(store.lengths, batch_tokens)
+    mesh = student.mesh
+    sums = torch.zeros(4, dtype=torch.float64, device=student.device)
+    packs = plan.partition(store.lengths, batch_tokens, mesh.data_ranks)[mesh.data_rank :: mesh.data_ranks]
     seen = loader.pixels(store, packs, seeing, len(store), student.device)
     with _evaluating(student):
         for pack in packs:
             loss = student.loss(loader.micro_batch(store, pack, student.device, seeing, next(seen)))
-            nll += float(loss.nll)
-            correct += int(loss.correct)
-            supervised += float(loss.supervised)
-            tokens += loss.tokens
+            sums += torch.stack([loss.nll, loss.correct, loss.supervised, torch.full_like(sums[0], loss.tokens)])
+    nll, correct, supervised, tokens = mesh.sum(sums).tolist()
     return {
-        "loss": nll / supervised, "accuracy": correct / tokens, "supervised_tokens": tokens,
+        "loss": nll / supervised, "accuracy": correct / tokens, "supervised_tokens": int(tokens),
         "seconds": time.perf_counter() - started,
     }
 
@@ -202,18 +202,25 @@ def generate(
     student: Student, served: Served, prompts: Sequence[Sequence[int]], settings: Exam, seed: int,
     seen: Sequence[Sequence[Picture]] = (),
 ) -> list[Answer]:
-    """An answer to each prompt (token ids) with the images it shows, many at a time with a key/value cache."""
+    """An answer to each prompt (token ids) with the images it shows, many at a time with a key/value cache.
+
+    Of several processes each holds all weights meanwhile and answers every so many of the batches. What is drawn in a
+    batch depends on nothing but the seed and the batch, so the answers are the same on every layout.
+    """
+    mesh = student.mesh
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: list[Answer | None] = [None] * len(prompts)
-    with _evaluating(student), _serving(student), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(by_length), settings.examples):
-            chosen = by_length[start : start + settings.examples]
+    batches = [by_length[start : start + settings.examples] for start in range(0, len(prompts), settings.examples)]
+    mine: list[tuple[int, list[int]]] = []
+    with _evaluating(student), _serving(student), fsdp.gathered(student), torch.random.fork_rng():
+        for number in range(mesh.rank, len(batches), mesh.world):
+            chosen = batches[number]
+            torch.manual_seed(seed + number)
             images = [picture for index in chosen if seen for picture in seen[index]]
             written = _generate_batch(student, served, [prompts[index] for index in chosen], images, settings)
-            for index, ids in zip(chosen, written, strict=True):
-                answers[index] = _answer(ids, served)
-    return answers
+            mine += zip(chosen, written, strict=True)
+            mesh.pulse.beat()
+    everyone = dict(pair for part in mesh.gather(mine) for pair in part)
+    return [_answer(everyone[index], served) for index in range(len(prompts))]
 
 
 def _generate_batch(
@@ -227,7 +234,8 @@ def _generate_batch(
     drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
     written = student.model.generate(
         input_ids=ids, attention_mask=shown, max_new_tokens=settings.max_new_tokens, do_sample=bool(drawn),
-        eos_token_id=list(served.stops.ids), pad_token_id=pad, **drawn, **_images(student, served, images, ids),
+        eos_token_id=list(served.stops.ids), pad_token_id=pad, synced_gpus=False, **drawn,
+        **_images(student, served, images, ids),
     )
     return written[:, longest:].tolist()
 

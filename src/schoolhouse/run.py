@@ -28,7 +28,7 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.model import load, lora
+from schoolhouse.model import load, lora, spread
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel.mesh import Mesh
@@ -149,9 +149,9 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh) -> Run:
     store, validation = stores["train"], stores.get("validation")
     model = served.load(serving)
     torch.manual_seed(recipe.seed)
-    student = load.load(directory, recipe.model, load.device(recipe.device, mesh.place.local), mesh, recipe.lora)
-    difference = load.prove(student, model.sight)
-    optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision)
+    student, proof = spread.proved(directory, recipe, load.device(recipe.device, mesh.place.local), mesh, model.sight)
+    # a student that is cut has float32 masters by itself, and gathers them in the precision of its matrix products
+    optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision if mesh.world == 1 else "float32")
     plan = plans.plan(store, recipe, _packs_at_once(previous, mesh))
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
     saver = Saver(saving.Storage(record.directory / "checkpoints", mesh.rank, mesh.world), recipe.checkpoint.keep)
@@ -159,7 +159,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh) -> Run:
         recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
         plan, steps, saver,
     )
-    run.info = _info(run, path, today, difference)
+    run.info = _info(run, path, today, proof.difference)
     run.info["seconds"] = previous.get("seconds", 0.0)
     found = _newest(run)
     _describe(run, recipe, rules)
@@ -249,7 +249,7 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
         f"{run.store.ledger.stopped_turns:,} of {run.store.ledger.turns:,} turns",
         "steps": f"{run.steps:,} of {recipe.batch.examples} examples, {plan.steps_per_epoch:,} an epoch",
         "device": str(run.student.device),
-        "layout": f"{run.student.mesh.world} process(es): {run.student.mesh.degrees}",
+        "layout": spread.in_force(run.student),
         "directory": str(run.record.directory),
     }
     return {

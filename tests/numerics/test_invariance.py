@@ -34,7 +34,7 @@ FAMILIES = {
 def student(family: str = "qwen3", tied: bool = True, **changes: object) -> Student:
     """A miniature of a family in float64 with weights large enough that every term of the gradient counts."""
     attention.register()
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family], **changes}, tie_word_embeddings=tied)
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **changes}, tie_word_embeddings=tied)
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.float64).train()
     with torch.no_grad():

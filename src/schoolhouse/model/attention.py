@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from schoolhouse.parallel import ulysses
+from schoolhouse.parallel.ulysses import Exchange
 
 NAME = "schoolhouse"
 PADDING = 0.2
@@ -35,8 +34,8 @@ class Layout:
     """i64[S]: the place among the groups of each token of the sequence."""
     padding: torch.Tensor
     """i64[P - S]: the places among the groups that are padding."""
-    peers: dist.ProcessGroup | None = None
-    """The processes that hold the other parts of the sequence; None where it is whole here."""
+    exchange: Exchange | None = None
+    """The way to the processes that hold the other parts of the sequence; None where it is whole here."""
 
 
 def register() -> None:
@@ -44,7 +43,7 @@ def register() -> None:
     AttentionInterface.register(NAME, packed_attention)
 
 
-def layout(boundaries: Sequence[int], device: torch.device, peers: dist.ProcessGroup | None = None) -> Layout:
+def layout(boundaries: Sequence[int], device: torch.device, exchange: Exchange | None = None) -> Layout:
     """Group the examples between `boundaries` (E + 1 offsets of the whole sequence) by length."""
     groups: list[list[tuple[int, int]]] = []
     for start, end in sorted(itertools.pairwise(boundaries), key=lambda span: span[0] - span[1]):
@@ -62,7 +61,7 @@ def layout(boundaries: Sequence[int], device: torch.device, peers: dist.ProcessG
     back = torch.empty(boundaries[-1], dtype=torch.int64)
     back[there[real]] = real.nonzero().flatten()
     shapes = tuple((len(members), members[0][1] - members[0][0]) for members in groups)
-    return Layout(shapes, there.to(device), back.to(device), (~real).nonzero().flatten().to(device), peers)
+    return Layout(shapes, there.to(device), back.to(device), (~real).nonzero().flatten().to(device), exchange)
 
 
 def packed_attention(
@@ -87,12 +86,12 @@ def packed_attention(
     """
     assert attention_mask is None and query.shape[0] == 1, "packed attention takes one sequence and its layout"
     states = [one[0].transpose(0, 1) for one in (query, key, value)]
-    if layout.peers is not None:
-        states = ulysses.to_heads(*states, layout.peers)
-        s_aux = None if s_aux is None else ulysses.own_heads(s_aux, layout.peers)
+    if layout.exchange is not None:
+        states = layout.exchange.to_heads(*states)
+        s_aux = None if s_aux is None else layout.exchange.own_heads(s_aux)
     attended = _attend(*states, layout, scaling, dropout, sliding_window, softcap, s_aux)
-    if layout.peers is not None:
-        attended = ulysses.to_sequence(attended, layout.peers)
+    if layout.exchange is not None:
+        attended = layout.exchange.to_sequence(attended)
     return attended.unsqueeze(0), None
 
 

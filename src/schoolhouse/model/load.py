@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from schoolhouse import loss
 from schoolhouse.config import Lora, Model
 from schoolhouse.data.vision import Sight
-from schoolhouse.errors import ConfigError, MeshError, ModelError
+from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
 from schoolhouse.model import attention, families, lora, sight
 from schoolhouse.parallel import ulysses
@@ -30,11 +31,17 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.mesh = mesh
+        self.exchange = ulysses.exchange(mesh)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.device
+        return self.mesh.device or self.model.device
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens the head knows."""
+        return self.model.get_output_embeddings().weight.shape[0]
 
     @property
     def head(self) -> Head:
@@ -54,7 +61,7 @@ class Student(nn.Module):
             attention_mask=None,
             position_ids=part.positions,
             use_cache=False,
-            layout=attention.layout(part.boundaries, part.input_ids.device, self.mesh.ulysses_group),
+            layout=attention.layout(part.boundaries, part.input_ids.device, self.exchange),
             **sight.inputs(self.model, part.vision),
         ).last_hidden_state
         found = loss.linear_cross_entropy(hidden, self.head, part.labels, part.weights, part.targets)
@@ -63,28 +70,34 @@ class Student(nn.Module):
 
 def device(setting: str, local: int = 0) -> torch.device:
     """The torch device of the recipe for process `local` of a machine; `auto` is the accelerator where there is one."""
-    if setting != "auto":
-        try:
-            place = torch.device(setting)
-            torch.empty(0, device=place)
-            return place
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                f"the device {setting!r} is not there: {str(error).splitlines()[0]:.120}",
-                required="auto, cpu, or an accelerator of this machine", where="device", remedy="set device=auto",
-            ) from None
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if kind is None else torch.device(kind.type, local % torch.accelerator.device_count())
+    if setting == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        setting = found.type
+    try:
+        place = torch.device(setting)
+        if place.type != "cpu" and place.index is None:
+            place = torch.device(place.type, local % torch.accelerator.device_count())
+        torch.empty(0, device=place)
+        return place
+    except (RuntimeError, AssertionError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"the device {setting!r} is not there: {str(error).splitlines()[0]:.120}",
+            required="auto, cpu, or an accelerator of this machine", where="device", remedy="set device=auto",
+        ) from None
 
 
 def load(
-    directory: Path, settings: Model, place: torch.device, mesh: Mesh = ALONE, adapters: Lora | None = None
+    directory: Path, settings: Model, place: torch.device, adapters: Lora | None = None, *,
+    number: torch.dtype = torch.float32,
 ) -> Student:
-    """The model of a directory in float32 on `place`, ready to train; raises ModelError where it cannot be exact."""
+    """The model of a directory on `place`, ready to train; raises ModelError where it cannot be exact.
+
+    In the number format of its files and on the CPU, weights stay in the files: they are mapped, and take no memory.
+    """
     attention.register()
     try:
         model = sight.loader(directory).from_pretrained(
-            directory, dtype=torch.float32, attn_implementation=sight.attentions(directory, attention.NAME),
+            directory, dtype=number, attn_implementation=sight.attentions(directory, attention.NAME),
             trust_remote_code=False, use_safetensors=True, local_files_only=True,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -93,11 +106,6 @@ def load(
             required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
             where=str(directory), remedy="check config.json and the weights; models with code of their own are refused",
         ) from None
-    if mesh.world > 1:
-        raise MeshError(
-            f"{mesh.world} processes: weights cannot be cut yet", required="one process", where="--nproc",
-            remedy="use one process",
-        )
     if sight.sees(model):
         sight.prepare(model)
     if adapters is not None:
@@ -106,7 +114,7 @@ def load(
     model.to(place).train()
     if settings.activation_checkpointing:
         checkpoint_activations(model)
-    return Student(model, mesh)
+    return Student(model)
 
 
 def plain(directory: Path) -> PreTrainedModel:
@@ -133,18 +141,24 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def prove(student: Student, seeing: Sight | None = None, tokens: int = 7) -> float:
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What the proof of a student found."""
+
+    loss: float
+    """Of the micro-batch that was packed (nats, summed)."""
+    difference: float
+    """Relative, from the model's own loss of the same examples, one at a time."""
+
+
+def prove(student: Student, seeing: Sight | None = None) -> Proof:
     """Compare a packed micro-batch of two examples with the model's own forward, one example at a time.
 
-    Returns the largest relative difference of the losses. A model whose logits pass through something we do not know,
-    or whose layers let examples of a pack see one another, is refused here instead of being trained wrongly. A model
-    that sees is shown an image in its second example, and finds the positions of the first way for itself.
+    A model whose logits pass through something we do not know, or whose layers let examples of a pack see one another,
+    is refused here with a ModelError instead of being trained wrongly. A model that sees is shown an image in its
+    second example, and finds the positions of the first way for itself.
     """
-    vocabulary = len(student.head.weight)
-    drawn = torch.arange(1, 2 * tokens + 4) * 7919 % vocabulary  # spread over the vocabulary, the same every time
-    sequences, vision = [drawn[: tokens + 1], drawn[tokens + 1 :]], None
-    if seeing is not None:
-        sequences, vision = _with_image(sequences, seeing, student.device)
+    sequences, vision = _sequences(student, seeing)
     training = student.model.training
     student.model.eval()
     try:
@@ -167,7 +181,27 @@ def prove(student: Student, seeing: Sight | None = None, tokens: int = 7) -> flo
             where=str(student.model.config.name_or_path),
             remedy="choose another model, or report its architecture",
         )
-    return difference
+    return Proof(float(packed), difference)
+
+
+@torch.no_grad()
+def packed_loss(student: Student, seeing: Sight | None = None) -> float:
+    """The loss of the proof's micro-batch, dropout off, by all processes that share it (nats, summed)."""
+    sequences, vision = _sequences(student, seeing)
+    training = student.model.training
+    student.model.eval()
+    nll = student.loss(_pack(sequences, student.device, seeing, vision)).nll
+    student.model.train(training)
+    return float(student.mesh.sum(nll)) / student.mesh.data_ranks
+
+
+def _sequences(
+    student: Student, seeing: Sight | None, tokens: int = 7
+) -> tuple[list[torch.Tensor], Vision | None]:
+    """Two sequences of tokens spread over the vocabulary, the same every time, and the image that the second shows."""
+    drawn = torch.arange(1, 2 * tokens + 4) * 7919 % student.vocabulary
+    sequences = [drawn[: tokens + 1], drawn[tokens + 1 :]]
+    return (sequences, None) if seeing is None else _with_image(sequences, seeing, student.device)
 
 
 def _with_image(

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,11 +48,13 @@ def launch(processes: int, restarts: int, words: Sequence[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="schoolhouse-") as office:
         os.environ[OFFICE] = office
-        alone = [] if "PET_RDZV_ENDPOINT" in os.environ or "PET_MASTER_ADDR" in os.environ else ["--standalone"]
+        several = "PET_RDZV_ENDPOINT" in os.environ or "PET_MASTER_ADDR" in os.environ
+        here = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
         options = torchrun.get_args_parser().parse_args([
-            *alone, f"--nproc-per-node={processes}", f"--max-restarts={restarts}", f"--log-dir={office}",
-            "--signals-to-handle=SIGHUP,SIGQUIT", "-m", "schoolhouse", *words,
+            *([] if several else here), f"--nproc-per-node={processes}", f"--max-restarts={restarts}", f"--log-dir={office}",
+            "--signals-to-handle=SIGHUP,SIGQUIT", "-m", "schoolhouse",
         ])
+        options.training_script_args = list(words)
         config, command, arguments = torchrun.config_from_args(options)
         _forward_signals(Path(office))
         try:

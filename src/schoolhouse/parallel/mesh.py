@@ -51,6 +51,8 @@ class Mesh:
     sequence: DeviceMesh | None = None
     """[data, ulysses]: the ranks that share a micro-batch lie along its last axis."""
 
+    device: torch.device | None = None
+    """Where this process computes; None for one process, whose model says so itself."""
     pulse: Pulse = field(default_factory=Pulse)
 
     @property
@@ -87,11 +89,6 @@ class Mesh:
     def ulysses_rank(self) -> int:
         """Which part of its tokens is this process's."""
         return self.rank % self.degrees.ulysses
-
-    @property
-    def ulysses_group(self) -> dist.ProcessGroup | None:
-        """The processes that share a micro-batch; None where one has it whole."""
-        return self.sequence.get_group("ulysses") if self.sequence is not None and self.ulysses > 1 else None
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process: all of them get the same answer."""
@@ -147,16 +144,23 @@ def connect(settings: Parallel, device: torch.device) -> Mesh:
     layout = degrees(settings, here.world)
     if here.world == 1:
         return Mesh(here, layout)
-    _join(here, device)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    join(here, device)
+    return arrange(here, layout, device)
+
+
+def arrange(here: Place, layout: Degrees, device: torch.device) -> Mesh:
+    """The mesh of a layout, among processes that have joined."""
     shape = (layout.replicate, layout.shard * layout.ulysses)
     parameters = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     sequence = init_device_mesh(
         device.type, (layout.replicate * layout.shard, layout.ulysses), mesh_dim_names=("data", "ulysses")
     )
-    return Mesh(here, layout, parameters, sequence)
+    return Mesh(here, layout, parameters, sequence, device)
 
 
-def _join(here: Place, device: torch.device) -> None:
+def join(here: Place, device: torch.device) -> None:
     """Start the process group: gloo for what lies in host memory, the accelerator's own library beside it."""
     own = dist.get_default_backend_for_device(device)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"

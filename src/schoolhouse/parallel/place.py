@@ -99,4 +99,9 @@ def degrees(settings: Parallel, world: int) -> Degrees:
             where="parallel.replicate, parallel.shard, parallel.ulysses",
             remedy=f"start a multiple of {fixed} processes, e.g. --nproc {fixed}, or change the axes",
         )
+    if settings.offload and world == 1:
+        raise MeshError(
+            "parallel.offload=true does nothing for one process", required="two processes at least",
+            where="parallel.offload", remedy="start with --nproc, or set parallel.offload=false",
+        )
     return Degrees(settings.replicate, shard, settings.ulysses)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,52 +64,79 @@ def refuse_heads(heads: int, degree: int) -> None:
         )
 
 
+def refuse_rope(settings: Mapping[str, Any], degree: int) -> None:
+    """Raise MeshError where rotary frequencies depend on the longest position: a process sees only its own ones."""
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    if kind in ("dynamic", "longrope"):
+        raise MeshError(
+            f"parallel.ulysses={degree}: rotary embeddings of the type {kind} change with the longest position",
+            required="rotary frequencies that do not depend on the length", where="the model's rope_parameters",
+            remedy="set parallel.ulysses=1",
+        )
+
+
 def repeats(heads: int, degree: int) -> int:
     """How often each of the key and value heads must be there, so that U processes get equally many whole groups."""
     return degree // math.gcd(heads, degree)
 
 
-def to_heads(query: Tensor, key: Tensor, value: Tensor, peers: dist.ProcessGroup) -> list[Tensor]:
-    """[S / U, H, K] of these tokens to [S, H / U, K] of these heads, query, key and value in one exchange.
+class Exchange:
+    """The way between the processes of a Ulysses group, counting what goes over it."""
 
-    Queries of a process meet exactly its key and value heads: these are repeated in place, as grouped heads are.
-    """
-    degree = peers.size()
-    times = repeats(key.shape[1], degree)
-    if times > 1:
-        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    parts = [one.unflatten(1, (degree, -1)).transpose(0, 1).flatten(2) for one in (query, key, value)]
-    received = _Exchange.apply(torch.cat(parts, 2), peers).flatten(0, 1)
-    own = received.split([part.shape[2] for part in parts], 1)
-    return [flat.unflatten(1, (-1, one.shape[2])) for flat, one in zip(own, (query, key, value), strict=True)]
+    def __init__(self, peers: dist.ProcessGroup) -> None:
+        self.peers = peers
+        self.degree = peers.size()
+        self.calls = 0
+        """All-to-alls so far, forward and backward: an attention layer makes two in each direction."""
+        self.sent = 0
+        """Bytes sent to other processes."""
+
+    def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """[S / U, H, K] of these tokens to [S, H / U, K] of these heads, query, key and value in one exchange.
+
+        Queries of a process meet exactly its key and value heads: these are repeated in place, as grouped heads are.
+        """
+        times = repeats(key.shape[1], self.degree)
+        if times > 1:
+            key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+        parts = [one.unflatten(1, (self.degree, -1)).transpose(0, 1).flatten(2) for one in (query, key, value)]
+        received = _AllToAll.apply(torch.cat(parts, 2), self).flatten(0, 1)
+        own = received.split([part.shape[2] for part in parts], 1)
+        return [flat.unflatten(1, (-1, one.shape[2])) for flat, one in zip(own, (query, key, value), strict=True)]
+
+    def to_sequence(self, attended: Tensor) -> Tensor:
+        """[S, H / U, K'] of these heads back to [S / U, H, K'] of these tokens."""
+        received = _AllToAll.apply(attended.unflatten(0, (self.degree, -1)), self)
+        return received.transpose(0, 1).flatten(1, 2)
+
+    def own_heads(self, values: Tensor) -> Tensor:
+        """The part [H / U, …] of per-head values [H, …] that belongs to this process's heads."""
+        return values.chunk(self.degree)[self.peers.rank()]
+
+    def all_to_all(self, values: Tensor) -> Tensor:
+        """[U, …]: slice u goes to process u, and comes from it."""
+        values = values.contiguous()
+        received = torch.empty_like(values)
+        dist.all_to_all_single(received, values, group=self.peers)
+        self.calls += 1
+        self.sent += values.numel() * values.element_size() * (self.degree - 1) // self.degree
+        return received
 
 
-def to_sequence(attended: Tensor, peers: dist.ProcessGroup) -> Tensor:
-    """[S, H / U, K'] of these heads back to [S / U, H, K'] of these tokens."""
-    received = _Exchange.apply(attended.unflatten(0, (peers.size(), -1)), peers)
-    return received.transpose(0, 1).flatten(1, 2)
-
-
-def own_heads(values: Tensor, peers: dist.ProcessGroup) -> Tensor:
-    """The part [H / U, …] of per-head values [H, …] that belongs to this process's heads."""
-    return values.chunk(peers.size())[peers.rank()]
-
-
-class _Exchange(torch.autograd.Function):
-    """[U, …]: slice u goes to process u, and comes from it. Its own transpose, so backward is the same."""
+class _AllToAll(torch.autograd.Function):
+    """An all-to-all is its own transpose: backward is the same."""
 
     @staticmethod
-    def forward(ctx, values, peers):
-        ctx.peers = peers
-        return _exchange(values, peers)
+    def forward(ctx, values, exchange):
+        ctx.exchange = exchange
+        return exchange.all_to_all(values)
 
     @staticmethod
     def backward(ctx, grad):
-        return _exchange(grad, ctx.peers), None
+        return ctx.exchange.all_to_all(grad), None
 
 
-def _exchange(values: Tensor, peers: dist.ProcessGroup) -> Tensor:
-    values = values.contiguous()
-    received = torch.empty_like(values)
-    dist.all_to_all_single(received, values, group=peers)
-    return received
+def exchange(mesh: Mesh) -> Exchange | None:
+    """The way to the processes that share a micro-batch; None where one has it whole."""
+    return Exchange(mesh.sequence.get_group("ulysses")) if mesh.ulysses > 1 else None
