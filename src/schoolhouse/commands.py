@@ -41,6 +41,7 @@ def run(options: Namespace) -> None:
     mesh = meshes.connect(recipe.parallel, load.device(recipe.device, here.local))
     with watch.losses(mesh):
         _train(recipe, Path(options.recipe), stop, mesh)
+    launch.depart()
     meshes.leave(mesh)
 
 

@@ -272,6 +272,7 @@ def _evaluating(student: Student) -> Iterator[None]:
         yield
     finally:
         student.model.train(training)
+        fsdp.rest(student)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from schoolhouse.config import Optim
+from schoolhouse.parallel import fsdp
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, by torch's names."""
@@ -71,12 +72,15 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Put a saved state back, exactly."""
+        """Put a saved state back, exactly: of a master that is cut, the part that this process holds."""
         for name, master in self.masters.items():
-            master.copy_(weights[name])
+            master.copy_(fsdp.as_cut(weights[name], master))
             if f"step.{name}" in moments:  # a parameter that never had a gradient has no moments
                 state = {moment: moments[f"{moment}.{name}"] for moment in MOMENTS}
-                self._adamw.state[master] = {moment: value.to(master.device) for moment, value in state.items()}
+                self._adamw.state[master] = {
+                    moment: fsdp.as_cut(value.to(master.device), master if value.ndim else value)
+                    for moment, value in state.items()
+                }
         self._write_copies()
 
     @torch.no_grad()

@@ -203,7 +203,12 @@ def _resume(run: Run, found: Checkpoint | None) -> None:
         run.record.rewind(-1)
         run.record.event("started", steps=run.steps)
         return
-    run.optimizer.load(found.tensors(checkpoint.WEIGHTS), found.tensors(checkpoint.OPTIMIZER))
+    masters, moments = run.optimizer.masters, found.index[checkpoint.OPTIMIZER]
+    run.optimizer.load(
+        {name: found.like(checkpoint.WEIGHTS, name, master) for name, master in masters.items()},
+        {key: found.like(checkpoint.OPTIMIZER, key, masters[name] if entry["shape"] else torch.empty(()))
+         for key, entry in moments.items() for name in [key.partition(".")[2]]},
+    )
     run.record.rewind(found.step)
     run.done, run.best = found.step, found.state["best"]
     run.record.event(f"resumed from step {found.step}", step=found.step)

@@ -16,7 +16,7 @@ from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
 from schoolhouse.model import attention, families, lora, sight
-from schoolhouse.parallel import ulysses
+from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
 from schoolhouse.types import LossSum, MicroBatch, Vision
 
@@ -192,6 +192,7 @@ def packed_loss(student: Student, seeing: Sight | None = None) -> float:
     student.model.eval()
     nll = student.loss(_pack(sequences, student.device, seeing, vision)).nll
     student.model.train(training)
+    fsdp.rest(student)
     return float(student.mesh.sum(nll)) / student.mesh.data_ranks
 
 

@@ -38,9 +38,13 @@ def shard(student: nn.Module, mesh: Mesh, precision: torch.dtype, *, offload: bo
     for group in (*blocks(student), student):
         _widen(group)
         fully_shard(group, mesh=axes, mp_policy=policy, offload_policy=place)
-    for group in groups(student):
+    in_order = [student, *blocks(student)]
+    for group, before in zip(in_order, [in_order[-1], *in_order[:-1]], strict=True):
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
+        # by default the order of the last forwards decides what backward gathers ahead; a process that wrote answers
+        # has had other forwards than its peers, and would gather in another order than they
+        group.set_modules_to_backward_prefetch([before])
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -99,6 +103,12 @@ def expect(student: nn.Module, *, last: bool) -> None:
         student.set_requires_all_reduce(last)
 
 
+def rest(student: nn.Module) -> None:
+    """Cut the student's own weights again after a forward without a backward, which leaves them whole."""
+    if isinstance(student, FSDPModule):
+        student.reshard()
+
+
 @contextlib.contextmanager
 def gathered(student: nn.Module) -> Iterator[None]:
     """Inside, every process holds all weights, in the type of the matrix products: for writing answers.
@@ -115,3 +125,12 @@ def gathered(student: nn.Module) -> Iterator[None]:
         for group in cut:
             group.reshard()
             group.set_reshard_after_forward(group is not student, recurse=False)
+
+
+def as_cut(part: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that is cut as `like` is; where `like` is whole, the part is the whole."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part.to(like.device), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

@@ -8,6 +8,7 @@ consequences and said last, and its exit code becomes the command's.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -51,11 +52,14 @@ def launch(processes: int, restarts: int, words: Sequence[str]) -> int:
         several = "PET_RDZV_ENDPOINT" in os.environ or "PET_MASTER_ADDR" in os.environ
         here = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
         options = torchrun.get_args_parser().parse_args([
-            *([] if several else here), f"--nproc-per-node={processes}", f"--max-restarts={restarts}", f"--log-dir={office}",
-            "--signals-to-handle=SIGHUP,SIGQUIT", "-m", "schoolhouse",
+            *([] if several else here), f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
+            f"--log-dir={office}", "--signals-to-handle=SIGHUP,SIGQUIT", "-m", "schoolhouse",
         ])
         options.training_script_args = list(words)
         config, command, arguments = torchrun.config_from_args(options)
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith("torch.distributed.elastic"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         _forward_signals(Path(office))
         try:
             elastic_launch(config, command)(*arguments)
@@ -86,6 +90,28 @@ def attend() -> None:
             raise Stopped("stopped before it began")
 
 
+def depart() -> None:
+    """Called by a worker that ends as it should: its peers need not look for it."""
+    if is_worker(os.environ):
+        (Path(os.environ[OFFICE]) / f"worker-{os.environ['LOCAL_RANK']}").unlink(missing_ok=True)
+
+
+def lost_peers() -> list[int]:
+    """The processes of this machine's workers that ended without departing."""
+    if not is_worker(os.environ):
+        return []
+    noted = [int(path.read_text(encoding="utf-8") or 0) for path in Path(os.environ[OFFICE]).glob("worker-*")]
+    return [number for number in noted if number and not _alive(number)]
+
+
+def _alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def is_worker(environment: Mapping[str, str]) -> bool:
     """Whether a launcher of ours will say why this process ended."""
     return OFFICE in environment and ERROR_FILE in environment
@@ -104,6 +130,7 @@ def note_stopped() -> int:
     """The exit code of a stopped worker: 0 where a launcher is told of it, so that it does not start it again."""
     if not is_worker(os.environ):
         return Stopped.exit_code
+    depart()
     (Path(os.environ[OFFICE]) / STOPPED).touch()
     return 0
 

@@ -17,6 +17,8 @@ from schoolhouse.parallel import launch
 from schoolhouse.parallel.mesh import Mesh
 
 LOOK_SECONDS = 0.5
+LOST_SECONDS = 4.0
+"""How long after a peer's death this process may take to end by itself."""
 STACKS_SECONDS = 2.0
 """From writing stacks to ending: the peers, who waited for this process, write theirs meanwhile."""
 
@@ -57,9 +59,15 @@ def losses(mesh: Mesh) -> Iterator[None]:
 
 
 def _watch(mesh: Mesh, timeout: float, directory: Path, over: threading.Event) -> None:
-    parent = os.getppid()
+    parent, alone_since = os.getppid(), None
     while not over.wait(min(LOOK_SECONDS, timeout / 4)):
         if os.getppid() != parent:  # the agent was killed: nobody would end this process
+            os._exit(PeerError.exit_code)
+        if not launch.lost_peers():
+            alone_since = None
+        elif alone_since is None:
+            alone_since = time.monotonic()
+        elif time.monotonic() - alone_since > LOST_SECONDS:  # it waits for a dead process where no signal reaches it
             os._exit(PeerError.exit_code)
         if mesh.pulse.age() > timeout:
             _end(mesh, timeout, directory)
