@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +58,17 @@ def test_a_leak_between_examples_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(SystemExit) as caught:
         cli.main(["selfcheck", str(path), "--rows", "3"])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("axis", ["ulysses", "shard"])
+def test_layouts_of_two_processes_agree(tmp_path: Path, axis: str) -> None:
+    """The whole command under --nproc 2: each process computes its part, the first prints the one table."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: starter/qwen3\ndata: {train: starter/recall, workers: 1}\nbatch: {tokens: 700}\n")
+    words = ["selfcheck", str(path), "--rows", "4", "--nproc", "2", f"parallel.{axis}=2"]
+    done = subprocess.run([sys.executable, "-m", "schoolhouse", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("agrees") == 14 and "differs" not in done.stdout
 
 
 def test_the_command_prints_every_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -73,11 +73,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = _with_recipe(commands, "run", "train; continues by itself where the directory holds an unfinished run")
-    run.add_argument("--nproc", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
+    _nproc(run)
     check = _with_recipe(commands, "check", "everything that can be known before training: settings, rows, lengths")
     check.add_argument("--json", action="store_true", help="print JSON")
     _show(_with_recipe(commands, "show", "the tokens as they are trained, coloured"))
     selfcheck = _with_recipe(commands, "selfcheck", "your own first rows and model against plain transformers")
+    _nproc(selfcheck)
     selfcheck.add_argument("--rows", type=_count, default=8, metavar="N", help="how many rows (default 8)")
     evaluate = _command(commands, "eval", "generate and score on the recipe's exam")
     _target(evaluate, "run directory or model")
@@ -120,6 +121,10 @@ def _with_recipe(commands: argparse._SubParsersAction, name: str, does: str) -> 
 def _recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def _nproc(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--nproc", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
 
 
 def _target(command: argparse.ArgumentParser, what: str) -> None:

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,13 @@ def run(options: Namespace) -> None:
     """Train, and write the report at the end, whichever end it is."""
     stop = StopRequest()
     recipe = recipes.read(options.recipe, options.overrides)
+    with _joined(options, recipe) as mesh:
+        _train(recipe, Path(options.recipe), stop, mesh)
+
+
+@contextlib.contextmanager
+def _joined(options: Namespace, recipe: Recipe) -> Iterator[Mesh]:
+    """This process among those of the recipe's layout; where --nproc asks for several, it starts them and ends."""
     here = place.place(os.environ)
     if options.nproc != 1:
         sys.exit(_launch(options, recipe, here))
@@ -40,7 +47,7 @@ def run(options: Namespace) -> None:
 
     mesh = meshes.connect(recipe.parallel, load.device(recipe.device, here.local))
     with watch.losses(mesh):
-        _train(recipe, Path(options.recipe), stop, mesh)
+        yield mesh
     launch.depart()
     meshes.leave(mesh)
 
@@ -120,11 +127,13 @@ def show(options: Namespace) -> None:
 def selfcheck(options: Namespace) -> None:
     """Compare loss and gradients of the first rows with plain transformers; an error where they differ."""
     recipe = recipes.read(options.recipe, options.overrides)
-    from schoolhouse import selfcheck as checking
+    with _joined(options, recipe) as mesh:
+        from schoolhouse import selfcheck as checking
 
-    lines = checking.selfcheck(recipe, options.rows)
-    checking.print_lines(lines)
-    checking.refuse(lines, options.recipe)
+        lines = checking.selfcheck(recipe, options.rows, mesh)
+        if mesh.is_first:
+            checking.print_lines(lines)
+        checking.refuse(lines, options.recipe)
 
 
 def evaluate(options: Namespace) -> None:

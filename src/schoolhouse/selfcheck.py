@@ -15,6 +15,7 @@ gradient is shorter than a thousandth of the longest (a bias that the softmax ig
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,17 +26,21 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from schoolhouse import places, train
 from schoolhouse.config import Recipe
-from schoolhouse.data import loader, prepare, served
+from schoolhouse.data import ahead, loader, prepare, served
 from schoolhouse.data import plan as plans
 from schoolhouse.data.choose import Choice
+from schoolhouse.data.served import Serving
 from schoolhouse.data.store import Store
+from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ModelError
-from schoolhouse.model import load
+from schoolhouse.model import load, sight, spread
 from schoolhouse.optim import Optimizer
-from schoolhouse.types import Example, PlannedStep, Step
+from schoolhouse.parallel.mesh import ALONE, Mesh
+from schoolhouse.types import MicroBatch, PlannedStep, Step
 
 LOSS, GRADIENT = 1e-5, 1e-4
 """Relative differences that float32 may show."""
@@ -72,20 +77,25 @@ class Line:
         return self.difference <= self.allowed
 
 
-def selfcheck(recipe: Recipe, rows: int) -> list[Line]:
-    """Compare the first `rows` rows' step with plain transformers in float32 and in the recipe's precision."""
+def selfcheck(recipe: Recipe, rows: int, mesh: Mesh = ALONE) -> list[Line]:
+    """Compare the first `rows` rows' step with plain transformers, in float32 and in the recipe's precision.
+
+    All processes of the mesh compute their part of the step; the first one computes the plain side alone and needs
+    room for a whole model in float32 with its gradients. The lines are the same in every process.
+    """
     directory = places.model_directory(recipe.model.path, recipe.model.revision)
-    store = _first_rows(recipe, directory, rows)
-    examples = [store[index] for index in range(len(store))]
-    lines = []
+    serving = served.serving(recipe.model, directory)
+    store, seeing = _first_rows(recipe, serving, rows), served.load(serving).sight
+    lines: list[Line] = []
     for precision in dict.fromkeys(("float32", recipe.model.precision)):
-        wanted = plainly(recipe, directory, examples, precision, torch.float32)
-        found = as_a_run_does(recipe, directory, store, precision)
-        own = None
-        if precision != "float32":
-            own = compare(wanted, plainly(recipe, directory, examples, precision, torch.bfloat16))
-        lines += judge(precision, compare(wanted, found), own)
-    return lines
+        found = as_a_run_does(recipe, directory, store, precision, mesh, seeing)
+        if mesh.is_first:
+            wanted = plainly(recipe, directory, store, seeing, precision, torch.float32)
+            own = None
+            if precision != "float32":
+                own = compare(wanted, plainly(recipe, directory, store, seeing, precision, torch.bfloat16))
+            lines += judge(precision, compare(wanted, found), own)
+    return [Line(**line) for line in mesh.share([dataclasses.asdict(line) for line in lines])]
 
 
 def refuse(lines: Sequence[Line], where: str) -> None:
@@ -112,58 +122,66 @@ def print_lines(lines: Sequence[Line]) -> None:
     Console(highlight=False, width=WIDTH).print(table)
 
 
-def _first_rows(recipe: Recipe, directory: Path, rows: int) -> Store:
+def _first_rows(recipe: Recipe, serving: Serving, rows: int) -> Store:
     """The examples of the first rows of the first source."""
     first = recipe.data.train[0]
     source = first.model_copy(update={"limit": min(rows, first.limit or rows), "proportion": None})
-    return prepare.prepare(
-        recipe.data, Choice((source,)), served.serving(recipe.model, directory), served.rules(recipe)
-    )
+    return prepare.prepare(recipe.data, Choice((source,)), serving, served.rules(recipe))
 
 
 # ---- the two ways --------------------------------------------------------------------------------------------------
 
 
-def as_a_run_does(recipe: Recipe, directory: Path, store: Store, precision: str) -> tuple[float, Gradients]:
-    """Loss and gradients by the code that trains, on the layout of the recipe."""
-    settings = recipe.model.model_copy(update={"precision": precision})
+def as_a_run_does(
+    recipe: Recipe, directory: Path, store: Store, precision: str, mesh: Mesh, seeing: Sight | None
+) -> tuple[float, Gradients]:
+    """Loss and whole gradients by the code that trains, on the layout of the recipe; gradients in the first process."""
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"precision": precision})})
     torch.manual_seed(recipe.seed)
-    student = load.load(directory, settings, load.device(recipe.device), adapters=recipe.lora)
-    optimizer = Optimizer(student.model, recipe.optim, precision)
-    student.model.eval()
-    packs = plans.partition(store.lengths, recipe.batch.tokens)
+    student, _ = spread.proved(directory, recipe, load.device(recipe.device, mesh.place.local), mesh, seeing)
+    optimizer = Optimizer(student.model, recipe.optim, precision if mesh.world == 1 else "float32")
+    student.eval()
+    packs = plans.partition(store.lengths, recipe.batch.tokens, mesh.data_ranks)
     planned = PlannedStep(
         1, 0, tuple(map(tuple, packs)), int(store.lengths.sum()), int(store.supervised_tokens.sum()),
         float(store.supervised.sum()),
     )
-    step = Step(planned, [loader.micro_batch(store, pack, student.device) for pack in packs])
+    mine = packs[mesh.data_rank :: mesh.data_ranks]
+    step = Step(planned, [_micro_batch(store, pack, student.device, seeing) for pack in mine])
     loss, _ = train.compute_gradient(student, step, recipe.seed)
-    return loss, {name: one.grad for name, one in optimizer.masters.items() if one.grad is not None}
+    gradients = {name: one.grad for name, one in optimizer.masters.items() if one.grad is not None}
+    whole = ((name, one.full_tensor() if isinstance(one, DTensor) else one) for name, one in gradients.items())
+    return loss, {name: one.cpu() for name, one in whole if mesh.is_first}
+
+
+def _micro_batch(store: Store, pack: Sequence[int], place: torch.device, seeing: Sight | None) -> MicroBatch:
+    return loader.micro_batch(store, pack, place, seeing, ahead.of_pack(store, pack, seeing) if seeing else None)
 
 
 def plainly(
-    recipe: Recipe, directory: Path, examples: Sequence[Example], precision: str, arithmetic: torch.dtype
+    recipe: Recipe, directory: Path, store: Store, seeing: Sight | None, precision: str, arithmetic: torch.dtype
 ) -> tuple[float, Gradients]:
     """Loss and gradients as plainly as they can be written, from the same weights, computed in `arithmetic`."""
     torch.manual_seed(recipe.seed)
-    model = load.load(directory, recipe.model, load.device(recipe.device), adapters=recipe.lora).model
+    model = load.load(directory, recipe.model, load.device(recipe.device), recipe.lora).model
     model.set_attn_implementation("eager")
     model.eval()
     if precision != "float32":
         _round(model)
     model.to(arithmetic)
-    supervised = sum(float(example.weights.sum(dtype="float64")) for example in examples)
-    total = 0.0
-    for example in examples:
+    supervised, total = float(store.supervised.sum()), 0.0
+    for index in range(len(store)):
+        example, vision = store[index], _micro_batch(store, [index], model.device, seeing).vision
         ids, labels = (
             torch.from_numpy(part.astype("int64")).to(model.device) for part in (example.input_ids, example.labels)
         )
-        logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+        seen = {} if vision is None or not vision.real else sight.own_inputs(model, vision, ids[None] == seeing.token)
+        logits = model(input_ids=ids.unsqueeze(0), use_cache=False, **seen).logits[0]
         nll = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
         loss = (nll * torch.tensor(example.weights, device=nll.device)).sum() / supervised
         loss.backward()
         total += loss.item()
-    return total, {name: one.grad.float() for name, one in model.named_parameters() if one.grad is not None}
+    return total, {name: one.grad.float().cpu() for name, one in model.named_parameters() if one.grad is not None}
 
 
 def _round(model: nn.Module) -> None:
