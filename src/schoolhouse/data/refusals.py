@@ -101,7 +101,7 @@ def _switches(script: Script) -> Iterator[tuple[str, Script]]:
     """The template's own switches for thinking, each as a setting and the script under it."""
     for name in sorted(name for name in script.program.arguments if "think" in name):
         for value in (True, False):
-            yield f"{{{name}: {json.dumps(value)}}}", replace(script, variables={**script.variables, name: value})
+            yield f"{{{name}: {json.dumps(value)}}}", script.under(**{name: value})
 
 
 def _other_data(fault: Fault) -> tuple[str, Script]:

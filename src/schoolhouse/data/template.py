@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from schoolhouse.data import handed
+from schoolhouse.data import handed, prefixes
 from schoolhouse.errors import ConfigError, TemplateError
 from schoolhouse.types import Conversation, Message, Origin
 
@@ -49,6 +50,8 @@ class Program:
     forms: handed.Forms
     arguments: frozenset[str]
     """The variables it asks for beside the messages, e.g. `enable_thinking`."""
+    marked: jinja2.Template | None
+    """The same with marks behind its messages, for the fast path; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +82,30 @@ class Script:
     conversation: Conversation
     messages: tuple[dict[str, Any], ...]
     tools: tuple[handed.Written, ...]
+    known: Mapping[tuple[int, bool], str] = field(default_factory=dict)
+    """The fast path: texts by the number of messages, and whether the assistant is to answer."""
+
+    def at_once(self) -> Script:
+        """The same script, with the texts of its prefixes that two renders of the whole give."""
+        if self.program.marked is None:
+            return self
+        known: dict[tuple[int, bool], str] = {}
+        for to_answer in (True, False):
+            with contextlib.suppress(*RAISED):  # then each prefix is rendered alone, and may raise or not
+                texts = prefixes.rendered(self.program.marked, self.messages, self._given(to_answer))
+                known |= {(count, to_answer): text for count, text in texts.items()}
+        return replace(self, known=known)
+
+    def under(self, **variables: Any) -> Script:
+        """The same script with other variables."""
+        return replace(self, variables={**self.variables, **variables}, known={})
 
     def having(self, index: int, message: Message) -> Script:
         """The same script with another message in one place."""
         told, handed_over = list(self.conversation.messages), list(self.messages)
         told[index], handed_over[index] = message, handed.to_dict(message, self.program.forms)
         conversation = replace(self.conversation, messages=tuple(told))
-        return replace(self, conversation=conversation, messages=tuple(handed_over))
+        return replace(self, conversation=conversation, messages=tuple(handed_over), known={})
 
     def prompt(self, count: int) -> str:
         """The text served for the first `count` messages, up to where the assistant begins to write."""
@@ -96,13 +116,18 @@ class Script:
         return self._render(count, to_answer=False)
 
     def _render(self, count: int, *, to_answer: bool) -> str:
+        if (count, to_answer) in self.known:
+            return self.known[count, to_answer]
         try:
-            return self.program.jinja.render(
-                messages=list(self.messages[:count]), tools=list(self.tools) or None, documents=None,
-                add_generation_prompt=to_answer, **self.variables,
-            )
+            return self.program.jinja.render(messages=list(self.messages[:count]), **self._given(to_answer))
         except RAISED as error:
             raise _raised(error, self.program, self.conversation.messages[:count], self.conversation.origin) from None
+
+
+    def _given(self, to_answer: bool) -> dict[str, Any]:
+        """What the template is given beside the messages."""
+        given = {"tools": list(self.tools) or None, "documents": None, "add_generation_prompt": to_answer}
+        return {**given, **self.variables}
 
 
 def compile_template(source: Source, variables: Mapping[str, Any], today: datetime.date | None = None) -> Template:
@@ -172,7 +197,7 @@ def _program(environment: jinja2.Environment, source: str, variables: Mapping[st
         except RAISED:
             return None
 
-    return Program(program, handed.ask(written), frozenset(arguments))
+    return Program(program, handed.ask(written), frozenset(arguments), prefixes.marked(environment, source))
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

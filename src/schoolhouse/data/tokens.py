@@ -80,9 +80,18 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) 
     unique = list(dict.fromkeys(chain.from_iterable(texts)))
     if not unique:
         return [[] for _ in texts]
-    encoded = tokenizer(unique, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    known = dict(zip(unique, encoded, strict=True))
+    known = dict(zip(unique, _alone(tokenizer, unique), strict=True))
     return [list(chain.from_iterable(map(known.__getitem__, text))) for text in texts]
+
+
+def _alone(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of each text alone, without offsets and masks where the tokenizer is one of Rust."""
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer.json may ask for both
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _marks_beginning(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -31,8 +31,9 @@ def to_turns(
     conversation: Conversation, template: Template, stops: Stops, supervise: Supervise
 ) -> tuple[Turn, ...]:
     """The supervised turns of a conversation in order; raises TemplateError where served and taught would differ."""
-    script = template.script(conversation)
-    return tuple(_turn(script, index, weight, stops) for index, weight in taught(conversation.messages, supervise))
+    script, learnt = template.script(conversation), taught(conversation.messages, supervise)
+    script = script.at_once() if len(learnt) > 1 else script
+    return tuple(_turn(script, index, weight, stops) for index, weight in learnt)
 
 
 def taught(messages: Sequence[Message], supervise: Supervise) -> list[tuple[int, float]]:

@@ -1,0 +1,145 @@
+"""One render for all the prompts of a conversation, wherever that provably gives the same texts.
+
+A chat template writes the messages one after another in a loop. Here it is rendered once on the whole conversation,
+with a mark behind each message. What stands before the mark behind message i is what it writes of the first i messages
+alone, if until then it has neither read a later message nor asked how many there are: the messages are handed over as
+`Watched`, which notes how far they were read. What it writes behind the loop is the same for all prefixes, if the code
+there depends on nothing that the messages decide; that is read off the template once. A prefix for which one of the
+two does not hold is rendered by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+
+MARK = "\ue000"
+"""Stands behind each message; a private character, so that a text that holds it by itself is noticed by the number."""
+_MARKER = "schoolhouse_mark"
+
+
+class UnseenError(BaseException):
+    """The template asked something about the conversation as a whole. Jinja's own tests swallow every Exception."""
+
+
+@dataclass(slots=True)
+class _Reading:
+    """How far a template has read."""
+
+    furthest: int = -1
+    """The last message that was looked at, or looked for."""
+    started: int = -1
+    """The message at which the last loop began."""
+    marks: list[int] = field(default_factory=list)
+    """How far it had read at each mark."""
+
+    def mark(self) -> str:
+        """What the template calls behind each message."""
+        self.marks.append(self.furthest)
+        return MARK
+
+
+class Watched:
+    """Messages that can be read from the front; anything that depends on where they end raises UnseenError."""
+
+    __slots__ = ("_messages", "_reading", "_start")
+
+    def __init__(self, messages: Sequence[Mapping[str, Any]], reading: _Reading, start: int = 0) -> None:
+        self._messages, self._reading, self._start = messages, reading, start
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        self._reading.started = self._start
+        for place in range(len(self._messages) - self._start):
+            yield self[place]
+
+    def __getitem__(self, place: object) -> Any:
+        if isinstance(place, slice) and place.stop is None and place.step is None and (place.start or 0) >= 0:
+            return Watched(self._messages, self._reading, self._start + (place.start or 0))
+        if type(place) is not int or place < 0:
+            raise UnseenError
+        self._reading.furthest = max(self._reading.furthest, self._start + place)
+        return self._messages[self._start + place]
+
+    def __bool__(self) -> bool:
+        self._reading.furthest = max(self._reading.furthest, self._start)
+        return self._start < len(self._messages)
+
+    def _refuse(self, *_: object) -> Any:
+        raise UnseenError
+
+    __len__ = __eq__ = __ne__ = __contains__ = __add__ = __radd__ = __str__ = __repr__ = __hash__ = _refuse
+
+
+def marked(environment: jinja2.Environment, source: str) -> jinja2.Template | None:
+    """The template with marks behind its messages; None where what it writes behind its loop depends on them."""
+    tree = environment.parse(source)
+    about = _about_messages(tree)
+    if not _mark_last_loop(tree.body, [], about):
+        return None
+    tree.set_environment(environment)
+    return environment.from_string(tree)
+
+
+def rendered(
+    program: jinja2.Template, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> dict[int, str]:
+    """The texts of a marked template for the first 1, 2, … messages: those that one render of all of them gives."""
+    reading = _Reading()
+    try:
+        text = program.render(messages=Watched(messages, reading), **{_MARKER: reading.mark}, **variables)
+    except UnseenError:
+        return {}
+    *pieces, tail = text.split(MARK)
+    first = len(messages) - len(pieces)
+    if len(pieces) != len(reading.marks) or first != reading.started:  # skipped messages, or marks of their own
+        return {}
+    furthest = enumerate(zip(accumulate(pieces), reading.marks, strict=True), start=first)
+    return {index + 1: head + tail for index, (head, seen) in furthest if seen <= index}
+
+
+def _about_messages(tree: nodes.Template) -> set[str]:
+    """Names whose values the messages may decide: set from them, changed in a loop, or macros, which may read both."""
+    about = {"messages", "loop", *(macro.name for macro in tree.find_all(nodes.Macro)),
+             *(one.name for one in tree.find_all(nodes.NSRef))}
+    for loop in tree.find_all(nodes.For):
+        about |= {name.name for name in loop.target.find_all(nodes.Name)} | _target_names(loop.target)
+    sets = list(tree.find_all(nodes.Assign))
+    while new := {name for one in sets if _reads(one.node, about) for name in _target_names(one.target)} - about:
+        about |= new
+    return about | {name for block in tree.find_all(nodes.AssignBlock) for name in _target_names(block.target)}
+
+
+def _target_names(target: nodes.Node) -> set[str]:
+    names = {name.name for name in target.find_all(nodes.Name)}
+    return names | {target.name} if isinstance(target, nodes.Name) else names
+
+
+def _reads(node: nodes.Node, names: set[str]) -> bool:
+    return bool(_target_names(node) & names)
+
+
+def _mark_last_loop(body: list[nodes.Node], behind: list[nodes.Node], about: set[str]) -> bool:
+    """Mark the last loop over the messages among the statements of a template, in each branch; whether there is one.
+
+    `behind` is what follows the statements; a loop before something that the messages decide is not marked.
+    """
+    for place in reversed(range(len(body))):
+        node, rest = body[place], [*body[place + 1 :], *behind]
+        if isinstance(node, nodes.For) and _reads(node.iter, about):
+            return _mark(node) if not (node.else_ or any(_reads(one, about) for one in rest)) else False
+        if isinstance(node, nodes.If):
+            branches = [node.body, *(one.body for one in node.elif_), node.else_]
+            if any([_mark_last_loop(branch, rest, about) for branch in branches]):
+                return True
+    return False
+
+
+def _mark(loop: nodes.For) -> bool:
+    call = nodes.Call(nodes.Name(_MARKER, "load"), [], [], None, None)
+    loop.body.append(nodes.Output([call]).set_lineno(loop.lineno))
+    return True
