@@ -77,7 +77,8 @@ def duplicates(train: Store, validation: Store | None) -> dict[str, Any]:
 
 
 def _digest(example: Example) -> bytes:
-    content = example.input_ids.tobytes() + example.labels[-1:].tobytes()
+    images = b"".join(picture.digest for picture in example.vision)
+    content = example.input_ids.tobytes() + example.labels[-1:].tobytes() + images
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
