@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Account:
         for file, lines in ((self._dropped, tally.dropped), (self._bad, tally.set_aside)):
             file.writelines(json.dumps(line, ensure_ascii=False, default=repr) + "\n" for line in lines)
 
-    def close(self, data: Data, not_drawn: Mapping[str, int]) -> Ledger:
+    def close(self, data: Data, not_drawn: Mapping[str, int], names: Sequence[str]) -> Ledger:
         """The ledger; raises DataError where more rows are bad than may be, or none is left."""
         self._dropped.close()
         self._bad.close()
@@ -102,7 +102,7 @@ class Account:
         if total.bad > data.bad_share * rows:
             raise _faulty(total, data)
         if not total.counts["examples"]:
-            raise _nothing_left(total)
+            raise _nothing_left(total, names)
         ledger = Ledger(
             rows=rows, verdicts=dict(total.verdicts), dropped=dict(total.reasons), by_source=dict(total.rows),
             not_drawn=dict(not_drawn), **{name: total.counts[name] for name in _COUNTED},
@@ -124,12 +124,17 @@ def _faulty(tally: Tally, data: Data) -> DataError:
     return type(first)(found, required=first.required + sizes, where=first.where, remedy=first.remedy + listed)
 
 
-def _nothing_left(tally: Tally) -> DataError:
+def _nothing_left(tally: Tally, names: Sequence[str]) -> DataError:
+    if not tally.rows:  # sources without rows are refused before: these were to be held out of them
+        return DataError(
+            "no row is held out for validation", required="at least one", where=", ".join(names),
+            remedy="raise the share data.validation, or name a source of its own there",
+        )
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in tally.reasons.items())
     return DataError(
         f"of {tally.rows.total():,} rows none is left to learn ({reasons})",
         required="at least one example" + (f"; {_histogram(tally)}" if tally.sizes else ""),
-        where=", ".join(tally.rows),
+        where=", ".join(names),
         remedy="look at a few rows with `schoolhouse show`; see data.max_tokens, data.too_long, data.supervise",
     )
 

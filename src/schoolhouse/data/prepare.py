@@ -85,7 +85,7 @@ def _build(
         writer.append(arrays, seen)
         kept.add(counted)
         progress(kept.total.rows.total())
-    writer.close(fingerprint, kept.close(data, not_drawn), names)
+    writer.close(fingerprint, kept.close(data, not_drawn, names), names)
 
 
 def _chunks(rows: Iterable[tuple[Rows, Row]]) -> Iterator[Chunk]:
