@@ -193,6 +193,10 @@ def test_terminal_says_in_plain_text_what_is_trained(tokenizer: Tokenizer) -> No
         "<|im_start|>assistant↵",
         "── turn 2 · trained, weight 0.5",
         "é⇥      2<|im_end|>",
+        "── turn 1 as served · prompt '<|im_start|>user\\nOne?<|im_end|>\\n<|im_start|>assistant\\n' · ",
+        "completion '1 🦜<|im_end|>'",
+        "── turn 2 as served · prompt '<|im_start|>user\\nOne?<|im_end|>\\n<|im_sta … ",
+        "user\\n二?<|im_end|>\\n<|im_start|>assistant\\n' · completion 'é\\t2<|im_end|>'",
         "── 58 tokens, 12 supervised (20.7 %)",
     ]
 

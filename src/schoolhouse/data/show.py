@@ -31,6 +31,9 @@ BROKEN = "\ufffd"
 LONGEST_CHARACTER = 8
 """Tokens that are tried together before a broken character is taken as it stands; UTF-8 needs at most 4 bytes."""
 
+SHOWN_END = 40
+"""Characters of each end of a prompt or a completion that a terminal shows as served; a page shows them whole."""
+
 SHADES = 5
 """Steps of intensity between a weight of nearly 0 and the largest weight."""
 
@@ -221,7 +224,15 @@ def _lines(example: Mapping[str, Any]) -> Iterator[Text]:
         yield Text(f"── turn {turn} · {what}", style=HEADING if trained else CONTEXT)
         yield _coloured(run, largest)
         turn += trained
+    for number, served in enumerate(example["turns"], start=1):
+        ends = (f"{what} {_ends_of(served[what])}" for what in ("prompt", "completion"))
+        yield Text(visible(f"── turn {number} as served · {' · '.join(ends)}"), style=CONTEXT)
     yield Text(f"── {_counts(example)}", style=HEADING)
+
+
+def _ends_of(text: str) -> str:
+    """A text on one line; of a long one, both ends."""
+    return repr(text if len(text) <= 2 * SHOWN_END else f"{text[:SHOWN_END]} … {text[-SHOWN_END:]}")
 
 
 def _coloured(run: Iterable[Mapping[str, Any]], largest: float) -> Text:
