@@ -41,10 +41,12 @@ def _joined(options: Namespace, recipe: Recipe) -> Iterator[Mesh]:
         sys.exit(_launch(options, recipe, here))
     place.degrees(recipe.parallel, here.world)
     launch.attend()
+    from schoolhouse import places
     from schoolhouse.model import load
     from schoolhouse.parallel import mesh as meshes
     from schoolhouse.parallel import watch
 
+    places.model_directory(recipe.model.path, recipe.model.revision)  # once joined, only rank 0 of all could save one
     mesh = meshes.connect(recipe.parallel, load.device(recipe.device, here.local))
     with watch.losses(mesh):
         yield mesh

@@ -1,0 +1,93 @@
+"""The multiturn classroom as its users press its buttons: a played exam in runs, evaluations and comparisons."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schoolhouse import cli, jobs
+from schoolhouse import recipe as recipes
+
+CLASSROOM = Path(__file__).parents[1] / "examples" / "sft" / "multiturn"
+SMALL = (
+    "train.steps=2", "exam.data={path: starter/recall:exam, limit: 3}", "data.validation=null", "batch.examples=2",
+    "exam.max_new_tokens=4", "exam.examples=2", "data={train: {path: starter/recall, limit: 8}, workers: 1}",
+)
+"""Settings that make the starter recipe a matter of seconds."""
+
+
+def records(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+
+
+def program(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "schoolhouse", *map(str, words)], capture_output=True, text=True, check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """Two steps of the starter recipe on two processes that share each conversation, in a cache that is empty."""
+    directory, empty = tmp_path_factory.mktemp("multiturn") / "run", str(tmp_path_factory.mktemp("empty"))
+    program("run", CLASSROOM / "starter.yaml", "--nproc", "2", f"directory={directory}", *SMALL, XDG_CACHE_HOME=empty)
+    return directory
+
+
+def test_the_layout_of_the_recipe_is_in_force(run: Path) -> None:
+    in_force = {row["what"]: row["value"] for row in json.loads((run / "run.json").read_text())["in_force"]}
+    assert "ulysses 2" in in_force["layout"] and "4 attention layers exchange heads" in in_force["layout"]
+
+
+def test_a_played_exam_is_recorded_turn_by_turn(run: Path) -> None:
+    """Four graded answers of each conversation, and each stands in the history of those after it."""
+    samples = [one for one in records(run, "samples.jsonl") if one["step"] == 2]
+    assert len(samples) == 12 and {one["conversation"] for one in samples} == {0, 1, 2}
+    for one in samples:
+        later = [two for two in samples if two["conversation"] == one["conversation"] and two["turn"] > one["turn"]]
+        assert all(two["question"][one["turn"]] == {"role": "assistant", "content": one["answer"]} for two in later)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "The conversation before" in page
+
+
+def test_one_process_gives_the_same_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`eval` plays the exam on one process with the checkpoint that two trained: the recorded answers exactly."""
+    cli.main(["eval", str(run), str(CLASSROOM / "starter.yaml"), "--json", *SMALL])
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{"step": 2, **one} for one in answers] == [one for one in records(run, "samples.jsonl") if one["step"] == 2]
+
+
+def test_two_students_are_compared_on_played_conversations(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their histories differ from the first answer on; the questions that both are asked are the same."""
+    cli.main(["compare", "starter/qwen3", str(run), str(CLASSROOM / "starter.yaml"), *SMALL, "exam.grader=contains"])
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "starter/qwen3: 0 of 12" in said and "of 12" in said.split(str(run))[-1]
+
+
+@pytest.mark.parametrize("path", sorted(CLASSROOM.glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_recipe_asks_for_a_layout_that_its_remote_control_can_start(path: Path) -> None:
+    recipe = recipes.read(path)
+    assert recipe.parallel.ulysses == 2 and recipe.data.supervise == "every"
+    assert jobs.job(str(path), (), recipe.parallel, None, None).gpus % 2 == 0
+    script = CLASSROOM / f"run_{path.stem}.sh"
+    assert os.access(script, os.X_OK) and f"/{path.name}" in script.read_text()
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.slow
+def test_a_student_learns_to_remember(tmp_path: Path) -> None:
+    """The whole recipe by its remote control on two processes: at most 10 % before, at least 90 % after."""
+    bin_directory = Path(sys.executable).parent
+    command = [CLASSROOM / "run_starter.sh", "2", tmp_path / "run"]
+    subprocess.run(command, check=True, env={**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"})
+    exams = [one["score"] for one in records(tmp_path / "run", "metrics.jsonl") if one.get("name") == "exam"]
+    assert exams[0] <= 0.1 and exams[-1] >= 0.9
