@@ -373,10 +373,10 @@ def test_a_turn_that_the_template_cannot_show_is_wrong_not_a_crash(tmp_path: Pat
         def __getattr__(self, name: str) -> Any:
             return {"tokenize": model.tokenize, "stops": model.stops, "tokenizer": model.tokenizer}[name]
 
-        def prompt(self, conversation: Conversation, place: int) -> str:
+        def seen_prompt(self, conversation: Conversation, place: int) -> tuple[str, tuple]:
             if any(one.role == "assistant" and one.text != "yes" for one in conversation.messages[:place]):
                 raise TemplateError("no", required="yes", where="x:1", remedy="none")
-            return model.prompt(conversation, place)
+            return model.seen_prompt(conversation, place)
 
     recipe = exam_of(tmp_path / "exam.jsonl", [talk(None, None, None)])
     asked = evaluate.questions(recipe, Picky())

@@ -26,7 +26,7 @@ from schoolhouse.graders import Grader
 from schoolhouse.model import attention, families, sight
 from schoolhouse.model.load import Student
 from schoolhouse.parallel import fsdp
-from schoolhouse.types import Conversation, Message, Part, Picture, Vision
+from schoolhouse.types import Conversation, Message, Part, Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class Question:
     prompt: str
     """What is shown before the first of them."""
     prompt_ids: tuple[int, ...]
+    images: tuple[Picture, ...] = ()
+    """The images it shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,9 @@ def _question(conversation: Conversation, served: Served, settings: Exam) -> Que
         written = graded = tuple(answers[-1:])
     else:
         written, graded = _every_turn(conversation, answers)
-    prompts = [served.prompt(conversation, place) for place in written]  # all, so that a template refuses here
-    return Question(conversation, written, graded, prompts[0], tuple(served.tokenize(prompts[:1])[0]))
+    shown = [served.seen_prompt(conversation, place) for place in written]  # all, so that a template refuses here
+    prompt, images = shown[0]
+    return Question(conversation, written, graded, prompt, tuple(served.tokenize([prompt])[0]), images)
 
 
 def _every_turn(conversation: Conversation, answers: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -246,9 +249,8 @@ def _images(
     """The images of a batch of prompts, as plain transformers is given them."""
     if not images or served.sight is None:
         return {}
-    pixels = ahead.pixels(served.sight, [(picture, picture.path or "an image of the prompt") for picture in images])
-    grids = torch.tensor([picture.grid for picture in images], device=ids.device)
-    return sight.own_inputs(student.model, Vision(pixels.to(ids.device), grids), ids == served.sight.token)
+    vision = ahead.vision(served.sight, images, ids.device, "an image of a prompt")
+    return sight.own_inputs(student.model, vision, ids == served.sight.token)
 
 
 def _answer(ids: list[int], served: Served) -> Answer:

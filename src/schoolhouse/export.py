@@ -222,3 +222,5 @@ def _write_beside(base: Path, served: Served, place: Path) -> None:
     for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
         if (base / name).is_file():
             shutil.copy(base / name, place / name)
+    if served.sight is not None:  # with the recipe's own limit of tokens, as it was trained
+        served.sight.processor.save_pretrained(place)

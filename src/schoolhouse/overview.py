@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from schoolhouse.config import Recipe
-from schoolhouse.data import account, choose, prepare, served, show
+from schoolhouse.data import account, choose, prepare, served, show, vision
 from schoolhouse.data import plan as plans
 from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
 from schoolhouse.screen import Screen
-from schoolhouse.types import Conversation, Example
+from schoolhouse.types import Conversation, EncodedRow, Example
 
 LONGEST = 5
 
@@ -114,9 +114,18 @@ def shown_rows(
     decode = functools.partial(
         model.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
+    seen = None if model.sight is None else functools.partial(vision.seen, sight=model.sight)
+    for row in encoded_rows(recipe, model, rules, first, end):
+        yield from show.to_json(row, decode, special, seen)
+
+
+def encoded_rows(
+    recipe: Recipe, model: Served, rules: Rules, first: int = 0, end: int | None = None
+) -> Iterator[EncodedRow]:
+    """Training rows `first` up to `end`, encoded; bad ones are passed over where the recipe sets them aside."""
     for conversation in itertools.islice(_taught(recipe), first, end):
         try:
-            yield from show.to_json(model.encode_conversation(conversation, rules), decode, special)
+            yield model.encode_conversation(conversation, rules)
         except DataError:
             if not recipe.data.bad_share:
                 raise

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from schoolhouse import export
+from schoolhouse.data import ahead
 from schoolhouse.data.served import Served
+from schoolhouse.data.vision import Sight
 from schoolhouse.errors import CheckpointError
 from schoolhouse.export import Trained
-from schoolhouse.model import load, lora
+from schoolhouse.model import load, lora, sight
+from schoolhouse.types import Picture, Vision
+
+Prompt = tuple[str, Sequence[Picture]]
+"""The text that is shown, and the images in it."""
 
 MERGED = 1e-5
 """Merged against unmerged in float32, as a share of the largest logit: sums of 24-bit products in another order."""
@@ -21,26 +27,29 @@ MERGED_NARROW = 1e-3
 when it is stored, by up to 2^-9 of each weight."""
 
 
-def prove(base: Path, trained: Trained, served: Served, prompts: Sequence[str], place: Path) -> str:
+def prove(base: Path, trained: Trained, served: Served, prompts: Sequence[Prompt], place: Path) -> str:
     """Compare the directory `place` with what was trained, and say how equal they are; raises CheckpointError.
 
     The two models are loaded one after the other: the memory is that of one.
     """
-    ids = [_tokens(served, prompt, place) for prompt in prompts]
+    ids, texts = [_tokens(served, text, place) for text, _ in prompts], [text for text, _ in prompts]
+    seen = [_seen(served, images) for _, images in prompts]
+    if served.sight is not None:
+        _same_eyes(served.sight, place)
     adapter = (place / "adapter_config.json").is_file()
     if not adapter:
         _same_layout(base, place)
-    wanted = _logits(_reference(base, trained), ids)
-    found = _logits(_with_adapter(base, place) if adapter else load.plain(place), ids)
+    wanted = _logits(_reference(base, trained), ids, seen, served)
+    found = _logits(_with_adapter(base, place) if adapter else load.plain(place), ids, seen, served)
     settings = GenerationConfig.from_pretrained(place)
     if settings.eos_token_id != list(served.stops.ids):
         raise _differs("stop tokens", "", place)
     if trained.lora is None or adapter:
-        for prompt, one, other in zip(prompts, wanted, found, strict=True):
+        for prompt, one, other in zip(texts, wanted, found, strict=True):
             if not torch.equal(one, other):
                 raise _differs("logits", prompt, place)
         return f"identical logits on {len(prompts)} prompts"
-    return _nearly(prompts, wanted, found, place)
+    return _nearly(texts, wanted, found, place)
 
 
 def _nearly(
@@ -99,9 +108,29 @@ def _with_adapter(base: Path, place: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, ids: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _logits(
+    model: PreTrainedModel, ids: Sequence[torch.Tensor], seen: Sequence[Vision | None], served: Served
+) -> list[torch.Tensor]:
     model.eval()
-    return [model(input_ids=one, use_cache=False).logits[0] for one in ids]
+    inputs = [
+        {} if vision is None else sight.own_inputs(model, vision, one == served.sight.token)
+        for one, vision in zip(ids, seen, strict=True)
+    ]
+    return [model(input_ids=one, use_cache=False, **given).logits[0] for one, given in zip(ids, inputs, strict=True)]
+
+
+def _seen(served: Served, images: Sequence[Picture]) -> Vision | None:
+    """The images of a prompt, as the model takes them."""
+    if served.sight is None:
+        return None
+    return ahead.vision(served.sight, images, torch.device("cpu"), "an image of a prompt")
+
+
+def _same_eyes(eyes: Sight, place: Path) -> None:
+    """The exported image processor is the one that was trained with."""
+    again = AutoImageProcessor.from_pretrained(place, backend="pil", local_files_only=True, trust_remote_code=False)
+    if again.to_dict() != eyes.processor.to_dict():
+        raise _differs("image processor", "", place, "setting by setting")
 
 
 def _differs(what: str, prompt: str, place: Path, how: str = "bit by bit") -> CheckpointError:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from schoolhouse import evaluate
-from schoolhouse.config import Exam
+from schoolhouse.config import Exam, Rows
 from schoolhouse.data.served import Served
+from schoolhouse.errors import DataError, SafetyError
 from schoolhouse.model.load import Student
-from schoolhouse.types import Conversation, Message, Origin, Part
+from schoolhouse.types import Conversation, ImageSource, Message, Origin, Part
 
+SHOW = "/image"
+"""What a line begins with that shows an image."""
+_SHOWN = re.compile(SHOW + r'\s+("(?P<quoted>[^"]+)"|(?P<plain>\S+))\s*(?P<text>.*)', re.DOTALL)
 Result = tuple[str, dict[str, Any], Sequence[dict[str, Any]]]
 """A student's name, its score, and its answers."""
 
@@ -22,18 +28,36 @@ def chat(student: Student, served: Served) -> None:
     """Read a message, write the answer, and keep the conversation, until the end of input or an empty line."""
     console, messages = Console(highlight=False), []
     console.print("[dim]an empty line ends the conversation[/dim]")
+    if served.sight is not None:
+        console.print(f"[dim]{SHOW} PATH shows an image; what follows it on the line is asked about it[/dim]")
     while said := _ask(console):
-        messages.append(Message("user", (Part("text", said),)))
-        answer = reply(student, served, messages)
+        messages.append(Message("user", tuple(_parts(said))))
+        try:
+            answer = reply(student, served, messages)
+        except (DataError, SafetyError) as error:  # an image that is not there must not end the conversation
+            console.print(str(error), markup=False, style="red")
+            messages.pop()
+            continue
         messages.append(Message("assistant", (Part("text", answer),)))
         console.print(answer, markup=False, style="green")
 
 
 def reply(student: Student, served: Served, messages: Sequence[Message], settings: Exam | None = None) -> str:
     """The student's answer to a conversation."""
-    prompt = served.prompt(Conversation(tuple(messages), Origin("chat", 1)), len(messages))
+    prompt, images = served.seen_prompt(Conversation(tuple(messages), Origin("chat", 1)), len(messages))
     ids = served.tokenize([prompt])
-    return evaluate.generate(student, served, ids, settings or Exam(), seed=0)[0].text
+    return evaluate.generate(student, served, ids, settings or Exam(), seed=0, seen=[images])[0].text
+
+
+def _parts(said: str) -> Iterator[Part]:
+    """What was typed as parts of a message: after `/image PATH` comes the text about it."""
+    shown = _SHOWN.fullmatch(said)
+    if shown is None:
+        yield Part("text", said)
+        return
+    place = Path(shown["quoted"] or shown["plain"]).expanduser()
+    yield Part("image", ImageSource(place.name, str(place.parent), Rows().image_pixels))
+    yield from [Part("text", shown["text"])] if shown["text"] else []
 
 
 def print_comparison(first: Result, second: Result) -> None:

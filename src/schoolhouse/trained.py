@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -97,9 +96,9 @@ def _recipe(directory: Path) -> Recipe:
     return Recipe.model_validate(info["recipe"])
 
 
-def _prompts(recipe: Recipe, model: Served) -> list[str]:
-    asked = [question.prompt for question in evaluate.questions(recipe, model)[:PROVED_PROMPTS]]
+def _prompts(recipe: Recipe, model: Served) -> list[proof.Prompt]:
+    asked = [(question.prompt, question.images) for question in evaluate.questions(recipe, model)[:PROVED_PROMPTS]]
     if asked:
         return asked
-    rows = overview.shown_rows(recipe, model, served.rules(recipe))
-    return [example["turns"][0]["prompt"] for example in itertools.islice(rows, PROVED_PROMPTS)]
+    rows = overview.encoded_rows(recipe, model, served.rules(recipe), 0, PROVED_PROMPTS)
+    return [(row.turns[0].prompt, row.turns[0].images) for row in rows]

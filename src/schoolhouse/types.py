@@ -40,9 +40,9 @@ class ImageSource:
 
     value: Any
     """A path, a data URI, bytes, {"bytes", "path"}, or a PIL image."""
-    root: str | None
+    root: str | None = field(repr=False)
     """The only folder whose files may be read; None allows none."""
-    most_pixels: int
+    most_pixels: int = field(repr=False)
     """An image of more is refused unread."""
 
 
@@ -161,6 +161,8 @@ class Vision:
     real: bool = True
     """Whether the text has places for them. A micro-batch without images carries one blank patch that is given the
     weight 0, so that every process runs its vision tower in every micro-batch."""
+    part: tuple[int, int] | None = None
+    """Start and length of the sequence's part that this process goes on with once features are in their places."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from schoolhouse.data import store as stores
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import DataError
-from schoolhouse.types import Picture
+from schoolhouse.types import Picture, Vision
 
 Pack = Sequence[int]
 DEPTH = 2
@@ -33,6 +33,14 @@ def pixels(sight: Sight, shown: Sequence[tuple[Picture, str]]) -> torch.Tensor |
     """The pixels of images, each with its place for errors, end to end; None where there is none."""
     arrays = [sight.pixels(picture, where) for picture, where in shown]
     return torch.from_numpy(np.concatenate(arrays)) if arrays else None
+
+
+def vision(sight: Sight, shown: Sequence[Picture], device: torch.device, where: str) -> Vision | None:
+    """Images as the model takes them; None where there is none."""
+    seen = pixels(sight, [(picture, where) for picture in shown])
+    if seen is None:
+        return None
+    return Vision(seen.to(device), torch.tensor([picture.grid for picture in shown], device=device))
 
 
 def of_pack(store: Store, pack: Pack, sight: Sight) -> torch.Tensor | None:

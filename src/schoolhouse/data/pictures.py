@@ -29,7 +29,7 @@ from PIL import Image, UnidentifiedImageError
 
 from schoolhouse.errors import DataError, SafetyError
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What Pillow may try; its other readers (among them PostScript, which runs programs) are never asked."""
 MOST_BYTES = 64 * 2**20
 """Bytes of the largest encoded image."""
@@ -83,6 +83,13 @@ def decode(encoded: bytes, where: str) -> np.ndarray:
     except (*_DAMAGE, Image.DecompressionBombError) as error:
         found = f"the image cannot be decoded: {' '.join(str(error).split()):.120}"
         raise _bad(found, where, "a whole image") from None
+
+
+def thumbnail(encoded: bytes, side: int, where: str) -> bytes:
+    """A PNG of the image, its longer side at most `side` pixels."""
+    image = Image.fromarray(decode(encoded, where))
+    image.thumbnail((side, side))
+    return _png(image)
 
 
 # Where the bytes are.

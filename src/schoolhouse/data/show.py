@@ -65,8 +65,13 @@ def pieces(example: Example, decode: Decode, special: Collection[int]) -> list[P
     return found
 
 
-def to_json(row: EncodedRow, decode: Decode, special: Collection[int]) -> list[dict[str, Any]]:
-    """One dict for each example of the row: exactly the ids, labels and weights that are trained, and their pieces."""
+def to_json(
+    row: EncodedRow, decode: Decode, special: Collection[int], seen: Callable[[Example], dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """One dict for each example of the row: exactly the ids, labels and weights that are trained, and their pieces.
+
+    `seen` tells what a model that sees makes of an example: its positions, and its images with thumbnails.
+    """
     return [
         {
             "source": example.origin.source,
@@ -78,6 +83,7 @@ def to_json(row: EncodedRow, decode: Decode, special: Collection[int]) -> list[d
             "positions": list(range(len(example.input_ids))),
             "verdict": row.verdict,
             "pieces": [asdict(piece) for piece in pieces(example, decode, special)],
+            **({} if seen is None else seen(example)),
         }
         for example, turns in zip(row.examples, _turns_of_examples(row), strict=True)
     ]
@@ -160,11 +166,24 @@ def _counts(example: Mapping[str, Any]) -> str:
     """The count line: tokens, supervised tokens and their share."""
     tokens, supervised = len(example["ids"]), sum(1 for weight in example["weights"] if weight)
     share = f" ({100 * supervised / tokens:.1f} %)" if tokens else ""
-    return f"{_plural(tokens, 'token')}, {supervised:,} supervised{share}"
+    images = example.get("images", ())
+    seen = f", {_plural(len(images), 'image')} of {sum(one['tokens'] for one in images):,}" if images else ""
+    return f"{_plural(tokens, 'token')}{seen}, {supervised:,} supervised{share}"
 
 
 def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+_REPEATED = re.compile(r"(<[^<>\s]+>)\1{3,}")
+"""A special token that stands many times in a row, as in the places of an image."""
+
+
+def _text_of(piece: Mapping[str, Any]) -> str:
+    """What is shown of a piece: a special token that is repeated stands once, with its number."""
+    if not piece["special"]:
+        return str(piece["text"])
+    return _REPEATED.sub(lambda run: f"{run[1]} ×{len(run[0]) // len(run[1])}", piece["text"])
 
 
 def _segments(example: Mapping[str, Any]) -> Iterator[tuple[bool, list[Mapping[str, Any]]]]:
@@ -243,7 +262,7 @@ def _coloured(run: Iterable[Mapping[str, Any]], largest: float) -> Text:
             style = _trained(_shade(piece["weight"], largest), piece["special"])
         else:
             style = CONTEXT_SPECIAL if piece["special"] else CONTEXT
-        text.append(re.sub("[\n\t]", lambda end: SIGNS[end[0]] + end[0], visible(piece["text"])), style)
+        text.append(re.sub("[\n\t]", lambda end: SIGNS[end[0]] + end[0], visible(_text_of(piece))), style)
     if text.plain.endswith("\n"):
         text.right_crop(1)
     return text
@@ -268,6 +287,9 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 v
 .shown-head { display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: baseline; margin: 0 0 .45rem; }
 .shown-head h3 { font: 600 .9rem/1.4 var(--mono); margin: 0; overflow-wrap: anywhere; }
 .shown-head p { margin: 0; font-size: .85rem; color: var(--quiet); font-variant-numeric: tabular-nums; }
+.seen { display: flex; flex-wrap: wrap; gap: .75rem; margin: 0 0 .6rem; }
+.seen figure { margin: 0; } .seen img { display: block; min-width: 48px; border: 1px solid var(--line); }
+.seen figcaption { font-size: .75rem; color: var(--quiet); font-variant-numeric: tabular-nums; }
 .tokens, .served pre { font: .84rem/1.7 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4;
   unicode-bidi: plaintext; }
 .tokens { margin: 0; padding: .8rem 1rem; background: var(--panel); border: 1px solid var(--line); border-radius: 6px;
@@ -308,7 +330,7 @@ def tag(name: str, /, *children: Child, **attributes: Child) -> Html:
     given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
     written = "".join(f' {key}="{_escape(value)}"' for key, value in given.items())
     inner = ("\n" if name == "pre" else "") + join(children)  # HTML drops the first line end of a pre
-    return Html(f"<{name}{written}>" if name in ("meta", "link", "br") else f"<{name}{written}>{inner}</{name}>")
+    return Html(f"<{name}{written}>" if name in ("meta", "link", "br", "img") else f"<{name}{written}>{inner}</{name}>")
 
 
 def join(parts: Iterable[Child]) -> Html:
@@ -372,7 +394,19 @@ def _html_example(example: Mapping[str, Any]) -> Html:
         tag("p", f"verdict {example['verdict']} · {_counts(example)}"),
         class_="shown-head",
     )
-    return tag("article", head, _html_tokens(example), _html_turns(example["turns"]), class_="shown")
+    return tag(
+        "article", head, _html_images(example), _html_tokens(example), _html_turns(example["turns"]), class_="shown"
+    )
+
+
+def _html_images(example: Mapping[str, Any]) -> Html | None:
+    """The images in their order, each with its size and its visual tokens."""
+    figures = [
+        tag("figure", tag("img", src=one["thumbnail"], alt=f"image {number}"),
+            tag("figcaption", f"{number}: {one['width']} × {one['height']} px, {_plural(one['tokens'], 'token')}"))
+        for number, one in enumerate(example.get("images", ()), 1)
+    ]
+    return tag("div", *figures, class_="seen") if figures else None
 
 
 def _html_tokens(example: Mapping[str, Any]) -> Html:
@@ -387,7 +421,7 @@ def _html_tokens(example: Mapping[str, Any]) -> Html:
 
 def _html_piece(piece: Mapping[str, Any], largest: float, turn: int | None) -> Html:
     """One run of tokens; `turn` is given where a supervised turn begins with it."""
-    text = join(_ends(visible(piece["text"])))
+    text = join(_ends(visible(_text_of(piece))))
     special = "special" if piece["special"] else ""
     if not piece["weight"]:
         return tag("span", text, class_=special) if special else text

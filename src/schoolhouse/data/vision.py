@@ -9,6 +9,7 @@ A family is one entry of `FAMILIES`. Lengths follow from sizes alone, by the ari
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import json
@@ -22,12 +23,14 @@ import numpy as np
 
 from schoolhouse.data import pictures
 from schoolhouse.errors import ConfigError, DataError
-from schoolhouse.types import Conversation, ImageSource, Message, Picture, Turn
+from schoolhouse.types import Conversation, Example, ImageSource, Message, Picture, Turn
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 _MARK = re.compile(r"<[^<>\s]+>")
+THUMBNAIL = 160
+"""Pixels of the longer side of an image where it is shown."""
 PROCESSOR = "preprocessor_config.json"
 """The file that describes a model's image processor."""
 
@@ -212,6 +215,25 @@ def _again(picture: Picture, where: str) -> bytes:
             f"the image {picture.path} is gone: {error.strerror}", required="the images that were prepared",
             where=where, remedy="put it back",
         ) from None
+
+
+def seen(example: Example, sight: Sight) -> dict[str, Any]:
+    """An example as it is shown: positions in time, height and width where the model has them, and its images."""
+    found: dict[str, Any] = {}
+    if sight.family.placed_by_grid:
+        found["positions"] = sight.positions(example.input_ids, [one.grid for one in example.vision]).tolist()
+    if example.vision:
+        found["images"] = [described(one, str(example.origin)) for one in example.vision]
+    return found
+
+
+def described(picture: Picture, where: str) -> dict[str, Any]:
+    """What is shown of an image: where it is, its size, its visual tokens, and a thumbnail as a data URI."""
+    small = pictures.thumbnail(encoded(picture, where), THUMBNAIL, where)
+    return {
+        "path": picture.path or None, "height": picture.size[0], "width": picture.size[1], "tokens": picture.tokens,
+        "grid": list(picture.grid), "thumbnail": f"data:image/png;base64,{base64.b64encode(small).decode()}",
+    }
 
 
 def blind(conversation: Conversation) -> None:

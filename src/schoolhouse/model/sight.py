@@ -5,6 +5,9 @@ DeepStack features in its first layers), and runs the language model with our pa
 here as long as its forward takes `pixel_values`. A micro-batch without images shows the tower one blank patch and adds
 its features with weight 0: so every process runs the same modules in the same order (sharded parameters are gathered
 by all or none), and each parameter has a gradient, of zeros, whichever process computes it.
+
+With Ulysses every process of a group encodes all images of the micro-batch, and its language model goes on with a part
+of the embeddings: gradients of the tower are then sums of what reaches each part, added like all others.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ PARTS = {
 """The parameters of each part, by how their names begin; a projector inside the vision tower is no part of it."""
 BLANK = "blank"
 """The argument that carries the blank image through the model's forward to its language model."""
+PART = "part"
+"""The argument that carries the start and the length of this process's part of the sequence."""
 
 
 def sees(model: PreTrainedModel) -> bool:
@@ -53,12 +58,12 @@ def attend(model: PreTrainedModel, name: str) -> None:
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Let the language model of a model that sees take the blank image."""
-    model.model.language_model.register_forward_pre_hook(_Blank(model.model), with_kwargs=True)
+    """Let the language model of a model that sees take the blank image, and a part of the embeddings."""
+    model.model.language_model.register_forward_pre_hook(_Before(model.model), with_kwargs=True)
 
 
-class _Blank:
-    """Before the language model: the features of a blank image are added with weight 0."""
+class _Before:
+    """Before the language model: a blank image's features are added with weight 0, and a part of all is taken."""
 
     def __init__(self, owner: nn.Module) -> None:
         self._owner = owner
@@ -68,7 +73,20 @@ class _Blank:
         if blank is not None:
             seen = self._owner.get_image_features(**blank, return_dict=True)
             kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * _total(seen)
-        return args, kwargs
+        part = kwargs.pop(PART, None)
+        return args, kwargs if part is None else {**kwargs, **_taken(kwargs, *part)}
+
+
+def _taken(kwargs: dict[str, Any], start: int, length: int) -> dict[str, Any]:
+    """The part of what the language model is given; DeepStack features are those of the part's visual places."""
+    end, visual, deep = start + length, kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+    found = {"inputs_embeds": kwargs["inputs_embeds"][:, start:end],
+             "position_ids": kwargs["position_ids"][..., start:end]}
+    if visual is not None:
+        first, last = (int(visual[:, :place].sum()) for place in (start, end))
+        found["visual_pos_masks"] = visual[:, start:end]
+        found["deepstack_visual_embeds"] = [features[first:last] for features in deep]
+    return found
 
 
 def _total(seen: Any) -> torch.Tensor:
@@ -82,10 +100,11 @@ def inputs(model: PreTrainedModel, vision: Vision | None) -> dict[str, Any]:
     """The images of a micro-batch as arguments of the model's forward."""
     if vision is None:
         return {}
-    given = {"pixel_values": vision.pixels}
+    given: dict[str, Any] = {"pixel_values": vision.pixels}
     if model.config.model_type in PLACED_BY_GRID:
         given["image_grid_thw"] = vision.grid
-    return given if vision.real else {BLANK: given}
+    given = given if vision.real else {BLANK: given}
+    return given if vision.part is None else {**given, PART: vision.part}
 
 
 def own_inputs(model: PreTrainedModel, vision: Vision, visual: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -30,7 +30,8 @@ from schoolhouse.types import UNSUPERVISED, MicroBatch
 def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
     """This process's part [1, S / U] of a micro-batch; `boundaries` stay those of the whole, padded sequence.
 
-    The sequence is padded to a multiple of U by an example of its own that nothing is learnt from.
+    The sequence is padded to a multiple of U by an example of its own that nothing is learnt from. Of a micro-batch for
+    a model that sees, the model itself takes this process's part of the embeddings, with the images' features in them.
     """
     if mesh.ulysses == 1:
         return micro
@@ -46,9 +47,13 @@ def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
     padded = torch.nn.functional.pad(micro.positions, (0, missing))
     if missing:
         padded[..., whole:] = torch.arange(missing, device=padded.device)
+    ids, positions, vision = part(micro.input_ids, 0), padded[..., start : start + length], micro.vision
+    if vision is not None:  # features go into their places first: every process sees all images and all tokens
+        ids, positions = torch.nn.functional.pad(micro.input_ids, (0, missing)), padded
+        vision = dataclasses.replace(vision, part=(start, length))
     return dataclasses.replace(
-        micro, input_ids=part(micro.input_ids, 0), labels=part(micro.labels, UNSUPERVISED),
-        weights=part(micro.weights, 0), positions=padded[..., start : start + length],
+        micro, input_ids=ids, labels=part(micro.labels, UNSUPERVISED), vision=vision,
+        weights=part(micro.weights, 0), positions=positions,
         boundaries=(*micro.boundaries, whole + missing) if missing else micro.boundaries, targets=inside - start,
     )
 

@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from schoolhouse.errors import DataError
-from schoolhouse.starter import arithmetic, recall, words
+from schoolhouse.starter import arithmetic, recall, sights, words
 
-_LESSONS: Mapping[str, ModuleType] = {"arithmetic": arithmetic, "recall": recall}
+_LESSONS: Mapping[str, ModuleType] = {"arithmetic": arithmetic, "recall": recall, "sights": sights}
 """Each lesson is a module with `rows(split)`."""
 
 NAMES = tuple(_LESSONS)

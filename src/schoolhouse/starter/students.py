@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from schoolhouse.errors import ConfigError
 from schoolhouse.starter import lessons
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
 _STUDENTS: dict[str, dict[str, Any]] = {
     "qwen3": {
@@ -35,6 +35,34 @@ _STUDENTS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 200.0},
         "tie_word_embeddings": True,
     },
+    "qwen3-vl": {
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.06,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 200.0, "mrope_interleaved": True, "mrope_section": [6, 5, 5],
+            },
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_heads": 3,
+            "patch_size": 8,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+            "initializer_range": 0.08,
+        },
+        "tie_word_embeddings": True,
+    },
 }
 """The configuration of each student; the vocabulary and the special tokens are the tokenizer's."""
 
@@ -47,6 +75,11 @@ _TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 _VOCABULARY = 1024
 _PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _THINKING = ("<think>", "</think>")
+_SEEING = {
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+}
+"""The tokens of a student that sees, by the name of their id in its configuration."""
 
 _WORDS = (
     r"\p{N}"
@@ -59,21 +92,41 @@ _WORDS = (
 
 _CORPUS, _CORPUS_ROWS = "arithmetic", 4000
 """The lesson whose rows the tokenizer learns its words from; the other lessons speak of the same people and things."""
+_SIGHTS = "sights"
+"""The lesson whose words a student that sees knows too."""
 
 
 def build(name: str, directory: Path) -> None:
     """Write a student; raises ConfigError when there is none of that name."""
     _require(name)
-    tokenizer = _tokenizer()
+    settings = _STUDENTS[name]
+    tokenizer = _tokenizer(_SEEING if _sees(settings) else {})
     tokenizer.save_pretrained(directory)
-    _model(_STUDENTS[name], tokenizer).save_pretrained(directory)
+    _model(settings, tokenizer).save_pretrained(directory)
+    if _sees(settings):
+        _image_processor(settings).save_pretrained(directory)
+
+
+def _sees(settings: Mapping[str, Any]) -> bool:
+    return "vision_config" in settings
+
+
+def _image_processor(settings: Mapping[str, Any]) -> BaseImageProcessor:
+    """Qwen's image processor for small pictures: from four tokens to 256."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    patch = settings["vision_config"]["patch_size"]
+    return Qwen2VLImageProcessorPil(
+        patch_size=patch, merge_size=2, size={"shortest_edge": (4 * patch) ** 2, "longest_edge": (32 * patch) ** 2},
+        image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5],
+    )
 
 
 def fingerprint(name: str) -> str:
     """The sha256 of all that decides the student: this file, the template, the lesson, the libraries' versions."""
     _require(name)
     parts = [name, *(version(library) for library in ("torch", "transformers", "tokenizers"))]
-    parts.append(lessons.fingerprint(_CORPUS, "train"))
+    parts += [lessons.fingerprint(lesson, "train") for lesson in (_CORPUS, _SIGHTS)]
     files = Path(__file__).read_bytes() + _TEMPLATE.read_bytes()
     return hashlib.sha256(json.dumps(parts).encode() + files).hexdigest()
 
@@ -93,18 +146,24 @@ def _require(name: str) -> None:
 def _model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Random weights, the same each time; the caller's random numbers are left as they were."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = AutoConfig.for_model(**settings, **ends, vocab_size=len(tokenizer))
+    size, loader = {"vocab_size": len(tokenizer)}, AutoModelForCausalLM
+    if _sees(settings):
+        ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _SEEING.items()}
+        settings, loader = {**settings, "text_config": {**settings["text_config"], **size, **ends}}, (
+            AutoModelForImageTextToText)
+        size = ids
+    config = AutoConfig.for_model(**settings, **ends, **size)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(_SEED)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = loader.from_config(config, dtype=torch.float32)
     model.generation_config = GenerationConfig(**ends)
     return model
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(seeing: Mapping[str, str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE (Sennrich et al., 2016): no byte is ever lost, no digit is ever merged."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -115,13 +174,13 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(_corpus(), trainers.BpeTrainer(
-        vocab_size=_VOCABULARY - len(_THINKING),
+    bpe.train_from_iterator(_corpus(bool(seeing)), trainers.BpeTrainer(
+        vocab_size=_VOCABULARY - len(_THINKING) - len(seeing),
         special_tokens=[_PAD, _START, _END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     ))
-    bpe.add_tokens([AddedToken(token, normalized=False) for token in _THINKING])
+    bpe.add_tokens([AddedToken(token, normalized=False) for token in (*_THINKING, *seeing.values())])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=_END,
@@ -131,8 +190,11 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _corpus() -> Iterator[str]:
+def _corpus(seeing: bool) -> Iterator[str]:
     """The text the tokenizer learns its words from: the first rows of the lesson, and the roles' names."""
+    if seeing:
+        for row in islice(lessons.rows(_SIGHTS, "train"), _CORPUS_ROWS):
+            yield f"{row['question']}\n{row['answer']}"
     for row in islice(lessons.rows(_CORPUS, "train"), _CORPUS_ROWS):
         yield "system\nuser\nassistant\n"
         yield from row.values()
