@@ -147,7 +147,7 @@ def test_proof_before_the_first_step_sees_a_wrong_image(monkeypatch: pytest.Monk
     """`prove` accepts the miniature and refuses it when its image lands in the wrong places."""
     one, seeing = student(), eyes()
     one.model.float()
-    assert load.prove(one, seeing) < 2e-5
+    assert load.prove(one, seeing).difference < 2e-5
     turned = type(seeing).positions
     monkeypatch.setattr(type(seeing), "positions", lambda *args: turned(*args)[[0, 2, 1]])
     with pytest.raises(load.ModelError, match="cannot be trained packed"):

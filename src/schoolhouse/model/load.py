@@ -108,9 +108,9 @@ def load(
         ) from None
     if sight.sees(model):
         sight.prepare(model)
+    sight.freeze(model, settings.freeze)
     if adapters is not None:
         lora.inject(model, adapters)
-    sight.freeze(model, settings.freeze)
     model.to(place).train()
     if settings.activation_checkpointing:
         checkpoint_activations(model)
