@@ -58,22 +58,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_rows = torch.empty_like(rows) if wanted[0] else None
         grad_matrix = torch.zeros_like(matrix, dtype=accurate) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=accurate) if bias is not None and wanted[2] else None
-        size = max(64, CHUNK_ELEMENTS // len(matrix))
+        size = min(max(64, CHUNK_ELEMENTS // len(matrix)), max(1, len(rows)))
+        # taken once for all chunks: fresh pages cost as much as the exponentials
+        held = [rows.new_empty(size, len(matrix), dtype=accurate) for _ in range(2)]
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            logits = _logits(rows[part], matrix, bias, scale, softcap, accurate)
-            slope = _slope(logits, softcap, scale) if any(wanted) else None
+            logits, shares = (one[: len(rows[part])] for one in held)
+            _logits(rows[part], matrix, bias, scale, softcap, out=logits)
             target, weight = labels[part].unsqueeze(1), weights[part].to(accurate).unsqueeze(1)
             scores = logits.gather(1, target)
             highest, likeliest = logits.max(1, keepdim=True)
             correct += (likeliest == target).sum()
-            shares = logits.sub_(highest).exp_()  # each pass over [rows, V] costs; five of them do it all
-            total = shares.sum(1, keepdim=True)
-            nll += ((total.log() + highest - scores) * weight).sum(dtype=nll.dtype)
+            torch.softmax(logits, 1, out=shares)  # the likeliest share is 1 / sum of exp(logit - highest)
+            nll += ((highest - shares.gather(1, likeliest).log() - scores) * weight).sum(dtype=nll.dtype)
             if not any(wanted):
                 continue
-            grad = shares.mul_(weight / total).scatter_add_(1, target, -weight)
-            grad = grad if slope is None else grad.mul_(slope)
+            grad = shares.mul_(weight).scatter_add_(1, target, -weight)
+            if softcap is not None:
+                grad.mul_(_slope(logits, softcap))
+            if scale != 1.0:
+                grad.mul_(scale)
             narrow = grad.to(rows.dtype)
             if grad_rows is not None:
                 torch.mm(narrow, matrix, out=grad_rows[part])
@@ -91,22 +95,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
 
-def _logits(rows, matrix, bias, scale, softcap, accurate):
-    logits = (rows @ matrix.T).to(accurate)
+def _logits(rows, matrix, bias, scale, softcap, out):
+    """Logits [rows, V] into `out`."""
+    if out.dtype == rows.dtype:
+        torch.mm(rows, matrix.T, out=out)
+    else:
+        out.copy_(rows @ matrix.T)
     if bias is not None:
-        logits += bias
+        out += bias
     if scale != 1.0:
-        logits *= scale
+        out *= scale
     if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    return logits
+        out.div_(softcap).tanh_().mul_(softcap)
 
 
-def _slope(logits: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor | float | None:
-    """d logits / d (hidden @ weight.T), where it is not 1."""
-    if softcap is not None:
-        return (1 - (logits / softcap).square()) * scale
-    return None if scale == 1.0 else scale
+def _slope(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """d capped / d uncapped, in place of the capped logits."""
+    return logits.div_(softcap).square_().neg_().add_(1)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
