@@ -54,7 +54,7 @@ checkpoint: {every: 2}
 """Small enough to train in a second, with all that a run can have."""
 
 STEP_FIELDS = {
-    "kind", "step", "epoch", "loss", "accuracy", "grad_norm", "learning_rate", "examples", "tokens",
+    "kind", "step", "epoch", "loss", "accuracy", "grad_norm", "learning_rate", "examples", "drawn", "tokens",
     "supervised_tokens", "seconds", "data_seconds", "peak_memory_gib", "save_stall_seconds",
 }
 PATIENCE = 240

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not launch.is_worker(os.environ):
             print(f"error: {error}", file=sys.stderr)
         if isinstance(error, PeerError):
-            launch.let_the_cause_be_seen()
+            launch.end_as_consequence(error.exit_code)
         sys.exit(error.exit_code)
     except Stopped as stopped:
         if not launch.is_worker(os.environ) or os.environ["RANK"] == "0":

@@ -15,6 +15,7 @@ So a run that was killed goes on from its newest checkpoint as if nothing had ha
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -28,25 +29,35 @@ from schoolhouse.data import loader
 from schoolhouse.errors import NonFiniteError, Stopped
 from schoolhouse.model.load import Student
 from schoolhouse.parallel import fsdp, watch
+from schoolhouse.parallel.mesh import Mesh
 from schoolhouse.run import Run
 from schoolhouse.stopping import StopRequest
-from schoolhouse.types import Step
+from schoolhouse.types import PlannedStep, Step
+
+NAMED_ROWS = 8
+"""Rows of a failed step that an error names."""
 
 
 def train(run: Run, stop: StopRequest) -> None:
     """Train from where the run stands to its last step; raises Stopped when asked to, with everything saved."""
-    if run.done == 0:
-        run.look(0)
-    ticks = time.perf_counter()
     mesh = run.student.mesh
-    stacks, patience = run.record.directory / "stacks", run.recipe.parallel.hang_timeout
-    with stop.deferred(), watch.watching(mesh, patience, stacks), run.screen.steps(run.steps, run.done) as progress:
+    with watch.watching(mesh, run.recipe.parallel.hang_timeout, run.record.directory / "stacks"):
+        if run.done == 0:
+            run.look(0)
+        _steps(run, stop, mesh)
+
+
+def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
+    """The loop."""
+    ticks = time.perf_counter()
+    with stop.deferred(), run.screen.steps(run.steps, run.done) as progress:
         for step in loader.steps(
             run.store, run.plan, run.done + 1, run.steps, run.student.device,
             rank=mesh.data_rank, ranks=mesh.data_ranks, sight=run.served.sight,
         ):
             loaded = time.perf_counter()
-            nll, correct = compute_gradient(run.student, step, run.recipe.seed)
+            with _NamingRows(run, step):
+                nll, correct = compute_gradient(run.student, step, run.recipe.seed)
             norm = float(run.optimizer.clip())
             _refuse_non_finite(run, step, nll, norm)
             run.look_at_save()
@@ -87,6 +98,22 @@ def compute_gradient(student: Student, step: Step, seed: int) -> tuple[float, in
     return nll / step.supervised, int(correct)
 
 
+class _NamingRows:
+    """An error inside says at which step it happened, and in which rows of this process."""
+
+    def __init__(self, run: Run, step: Step) -> None:
+        self._run, self._step = run, step
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            rows = [str(self._run.store[index].origin) for micro in self._step.micro_batches for index in micro.pack]
+            more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+            error.add_note(f"at step {self._step.index}, in the rows {', '.join(rows[:NAMED_ROWS])}{more}")
+
+
 def _key(seed: int, step: int, pack: tuple[int, ...], part: int) -> int:
     """A random seed of its own for every pack of every step, whichever process computes it.
 
@@ -103,9 +130,16 @@ def _record(
     return {
         "kind": "step", "step": step.index, "epoch": planned.epoch, "loss": loss,
         "accuracy": correct / planned.supervised_tokens, "grad_norm": norm, "learning_rate": rate,
-        "examples": planned.examples, "tokens": planned.tokens, "supervised_tokens": planned.supervised_tokens,
+        "examples": planned.examples, "drawn": _drawn(planned), "tokens": planned.tokens,
+        "supervised_tokens": planned.supervised_tokens,
         "seconds": seconds, "data_seconds": data_seconds, "peak_memory_gib": memory.peak_gib(),
     }
+
+
+def _drawn(planned: PlannedStep) -> str:
+    """The examples of a step as one short hash: equal where two runs learnt from the same ones, in whatever packs."""
+    drawn = sorted(index for pack in planned.packs for index in pack)
+    return hashlib.sha256(np.asarray(drawn, dtype=np.int64).tobytes()).hexdigest()[:12]
 
 
 def _refuse_non_finite(run: Run, step: Step, loss: float, norm: float) -> None:

@@ -18,7 +18,8 @@ import traceback
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn
 
 from schoolhouse.errors import PeerError, Stopped
 
@@ -82,12 +83,20 @@ def _forward_signals(office: Path) -> None:
 
 def attend() -> None:
     """Called by a worker when it can be stopped: tell the launcher; raises Stopped if that was asked already."""
+    if ERROR_FILE in os.environ:
+        sys.excepthook = _report_unexpected
     office = os.environ.get(OFFICE)
     if office is not None and "RANK" in os.environ:
         path = Path(office) / f"worker-{os.environ['LOCAL_RANK']}"
         path.write_text(str(os.getpid()), encoding="utf-8")
         if (path.parent / STOP).exists():
             raise Stopped("stopped before it began")
+
+
+def _report_unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Leave word of an error that nobody expected, and show it as Python does."""
+    report(error, 1)
+    sys.__excepthook__(kind, error, trace)
 
 
 def depart() -> None:
@@ -121,7 +130,8 @@ def report(error: BaseException, exit_code: int) -> None:
     """Leave word of why this worker fails, in the agent's format, so that `torchrun` can print it as well."""
     if ERROR_FILE in os.environ:
         shown = "".join(traceback.format_exception_only(error)).strip() if exit_code == 1 else str(error)
-        extra = {"timestamp": int(time.time()), "exit_code": exit_code, "py_callstack": traceback.format_exc()}
+        stack = "".join(traceback.format_exception(error))
+        extra = {"timestamp": int(time.time()), "exit_code": exit_code, "py_callstack": stack}
         text = json.dumps({"message": {"message": shown, "extraInfo": extra}})
         Path(os.environ[ERROR_FILE]).write_text(text, encoding="utf-8")
 
@@ -135,10 +145,15 @@ def note_stopped() -> int:
     return 0
 
 
-def let_the_cause_be_seen() -> None:
-    """Wait a moment before ending as a consequence; the agent's signal ends the wait."""
+def end_as_consequence(exit_code: int) -> NoReturn:
+    """End this process after a moment in which the peer's own failure is seen first; the agent's signal shortens it.
+
+    At once and without cleaning up: threads may wait for peers that are no more.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(GRACE_SECONDS)
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _explain(failures: Mapping[int, ProcessFailure]) -> int:

@@ -7,7 +7,7 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,48 +29,68 @@ def watching(mesh: Mesh, timeout: float, directory: Path) -> Iterator[None]:
 
     The signs are the mesh's own collectives, which return only when every process takes part.
     """
-    if mesh.world == 1:
-        yield
-        return
-    over = threading.Event()
     mesh.pulse.beat()
-    thread = threading.Thread(target=_watch, args=(mesh, timeout, directory, over), daemon=True)
-    thread.start()
-    try:
+    with _looking(mesh, min(LOOK_SECONDS, timeout / 4), lambda: _find_hang(mesh, timeout, directory)):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 @contextlib.contextmanager
 def losses(mesh: Mesh) -> Iterator[None]:
-    """Inside, what a collective raises when a peer is gone becomes a PeerError."""
+    """Inside, what a collective raises when a peer is gone becomes a PeerError, and this process ends in any case."""
+    with _looking(mesh, LOOK_SECONDS, _Peers().look):
+        try:
+            yield
+        except RuntimeError as error:
+            if mesh.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise PeerError(
+                f"another process was lost: {' '.join(str(error).split())[:120]}",
+                required="every process alive to the end", where=f"rank {mesh.rank}",
+                remedy="look at the other processes' messages; run the same command again to continue",
+            ) from error
+
+
+@contextlib.contextmanager
+def _looking(mesh: Mesh, seconds: float, look: Callable[[], None]) -> Iterator[None]:
+    """Inside, `look` is called every so often by a thread, where there are several processes."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            look()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    if mesh.world > 1:
+        thread.start()
     try:
         yield
-    except RuntimeError as error:
-        if mesh.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise PeerError(
-            f"another process was lost: {' '.join(str(error).split())[:120]}",
-            required="every process alive to the end", where=f"rank {mesh.rank}",
-            remedy="look at the other processes' messages; run the same command again to continue",
-        ) from error
+    finally:
+        over.set()
+        if mesh.world > 1:
+            thread.join()
 
 
-def _watch(mesh: Mesh, timeout: float, directory: Path, over: threading.Event) -> None:
-    parent, alone_since = os.getppid(), None
-    while not over.wait(min(LOOK_SECONDS, timeout / 4)):
-        if os.getppid() != parent:  # the agent was killed: nobody would end this process
+class _Peers:
+    """Ends this process where the agent or a peer died: it may wait for them in a place that no signal reaches."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self._lost: float | None = None
+
+    def look(self) -> None:
+        if os.getppid() != self._parent:
             os._exit(PeerError.exit_code)
         if not launch.lost_peers():
-            alone_since = None
-        elif alone_since is None:
-            alone_since = time.monotonic()
-        elif time.monotonic() - alone_since > LOST_SECONDS:  # it waits for a dead process where no signal reaches it
+            self._lost = None
+        elif self._lost is None:
+            self._lost = time.monotonic()
+        elif time.monotonic() - self._lost > LOST_SECONDS:
             os._exit(PeerError.exit_code)
-        if mesh.pulse.age() > timeout:
-            _end(mesh, timeout, directory)
+
+
+def _find_hang(mesh: Mesh, timeout: float, directory: Path) -> None:
+    if mesh.pulse.age() > timeout:
+        _end(mesh, timeout, directory)
 
 
 def _end(mesh: Mesh, timeout: float, directory: Path) -> None:
