@@ -16,8 +16,9 @@ from schoolhouse import recipe as recipes
 
 CLASSROOM = Path(__file__).parents[1] / "examples" / "sft" / "multiturn"
 SMALL = (
-    "train.steps=2", "exam.data={path: starter/recall:exam, limit: 3}", "data.validation=null", "batch.examples=2",
-    "exam.max_new_tokens=4", "exam.examples=2", "data={train: {path: starter/recall, limit: 8}, workers: 1}",
+    "train.steps=2", "exam.data={path: starter/recall:exam, limit: 3}", "batch.examples=2", "exam.max_new_tokens=4",
+    "exam.examples=2", "data.train={path: starter/recall, limit: 8}", "data.workers=1",
+    "data.validation={path: starter/recall:validation, limit: 3}",
 )
 """Settings that make the starter recipe a matter of seconds."""
 
@@ -41,6 +42,36 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     directory, empty = tmp_path_factory.mktemp("multiturn") / "run", str(tmp_path_factory.mktemp("empty"))
     program("run", CLASSROOM / "starter.yaml", "--nproc", "2", f"directory={directory}", *SMALL, XDG_CACHE_HOME=empty)
     return directory
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The same two steps on one process."""
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    cli.main(["run", str(CLASSROOM / "starter.yaml"), "parallel.ulysses=1", f"directory={directory}", *SMALL])
+    return directory
+
+
+def test_tokens_are_counted_once_under_ulysses(run: Path, alone: Path) -> None:
+    """Two processes share each conversation, and its tokens count once; the losses are those of one process.
+
+    Float32 sums over two processes stand in another order: 2e-6 of the loss.
+    """
+    shared, whole = (
+        [one for one in records(place, "metrics.jsonl") if one["kind"] == "step"] for place in (run, alone)
+    )
+    for name in ("step", "examples", "tokens", "supervised_tokens"):
+        assert [one[name] for one in shared] == [one[name] for one in whole], name
+    assert [one["loss"] for one in shared] == pytest.approx([one["loss"] for one in whole], rel=2e-6)
+
+
+def test_eval_equals_train_equation_under_ulysses(run: Path, alone: Path) -> None:
+    """Validation on two processes is that of one, which is the training equation (`test_regressions`)."""
+    shared, whole = (
+        [one for one in records(place, "metrics.jsonl") if one.get("name") == "validation"] for place in (run, alone)
+    )
+    assert [one["loss"] for one in shared] == pytest.approx([one["loss"] for one in whole], rel=2e-6)
+    assert [one["accuracy"] for one in shared] == pytest.approx([one["accuracy"] for one in whole], abs=0.02)
 
 
 def test_the_layout_of_the_recipe_is_in_force(run: Path) -> None:
