@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_conversations import rows_of
 
 from schoolhouse.config import Rows
-from schoolhouse.data import formats
+from schoolhouse.data import formats, prefixes
 from schoolhouse.data.template import Script, Template, compile_template
 from schoolhouse.errors import TemplateError
 from schoolhouse.types import Conversation, Message, Origin, Part
@@ -108,7 +108,7 @@ SNEAKY = {
     "raises at the end": PLAIN + "{{ raise_exception('x') if messages | length > 3 }}",
     "raises for a later message": PLAIN.replace("</s>", "{{ raise_exception('x') if loop.index == 3 }}</s>"),
     "a variable of the loop, behind": "{% set m = 'x' %}" + PLAIN + "{{ m }}",
-    "a mark in the text": PLAIN.replace("</s>", "\ue000</s>"),
+    "a mark in the text": PLAIN.replace("</s>", "{{ '" + prefixes.MARK + "' }}</s>"),
     "the loop's own prompt": PLAIN + "{% if add_generation_prompt %}[a]{% endif %}",
 }
 

@@ -11,16 +11,15 @@ two does not hold is rendered by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 
-MARK = "\ue000"
-"""Stands behind each message; a private character, so that a text that holds it by itself is noticed by the number."""
-_MARKER = "schoolhouse_mark"
+MARK = "\ue000 behind a message \ue001"
+"""Written behind each message, as one piece; one more of the data's own would be noticed by their number."""
 
 
 class UnseenError(BaseException):
@@ -35,13 +34,6 @@ class _Reading:
     """The last message that was looked at, or looked for."""
     started: int = -1
     """The message at which the last loop began."""
-    marks: list[int] = field(default_factory=list)
-    """How far it had read at each mark."""
-
-    def mark(self) -> str:
-        """What the template calls behind each message."""
-        self.marks.append(self.furthest)
-        return MARK
 
 
 class Watched:
@@ -89,16 +81,21 @@ def rendered(
     program: jinja2.Template, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> dict[int, str]:
     """The texts of a marked template for the first 1, 2, … messages: those that one render of all of them gives."""
-    reading = _Reading()
+    reading, written, marks = _Reading(), [""], []
     try:
-        text = program.render(messages=Watched(messages, reading), **{_MARKER: reading.mark}, **variables)
+        for text in program.generate(messages=Watched(messages, reading), **variables):
+            if text == MARK:
+                marks.append(reading.furthest)
+                written.append("")
+            else:
+                written[-1] += text
     except UnseenError:
         return {}
-    *pieces, tail = text.split(MARK)
+    *pieces, tail = written
     first = len(messages) - len(pieces)
-    if len(pieces) != len(reading.marks) or first != reading.started:  # skipped messages, or marks of their own
+    if first != reading.started:  # messages passed over, or marks of the data's own
         return {}
-    furthest = enumerate(zip(accumulate(pieces), reading.marks, strict=True), start=first)
+    furthest = enumerate(zip(accumulate(pieces), marks, strict=True), start=first)
     return {index + 1: head + tail for index, (head, seen) in furthest if seen <= index}
 
 
@@ -140,6 +137,5 @@ def _mark_last_loop(body: list[nodes.Node], behind: list[nodes.Node], about: set
 
 
 def _mark(loop: nodes.For) -> bool:
-    call = nodes.Call(nodes.Name(_MARKER, "load"), [], [], None, None)
-    loop.body.append(nodes.Output([call]).set_lineno(loop.lineno))
+    loop.body.append(nodes.Output([nodes.TemplateData(MARK)]).set_lineno(loop.lineno))
     return True
