@@ -168,7 +168,10 @@ def test_wrong_types_are_not_bent(tmp_path: Path, setting: str) -> None:
 
 @pytest.mark.parametrize("setting", [
     "seed=18446744073709551616", "seed=-1", "optim.beta1=1", "optim.beta2=1.0", "optim.epsilon=0", "optim.clip=0",
-    "exam.top_p=0", "data.max_tokens=9000", "validation.every=1", "exam.every=1",
+    "exam.top_p=0", "data.max_tokens=9000", "validation.every=1", "exam.every=1", "data.on_error=skip:101%",
+    "data.on_error=skip", "data.on_error=skip:1", "data.validation=0", "data.validation=1.0", "data.validation=true",
+    "data.limit=0", "data.train={path: a, proportion: 0}", "data.train=[{path: a, proportion: 1}, b]",
+    "data.validation=[{path: a, proportion: 1}, b]", "exam.data={path: a, proportion: 1}",
 ])
 def test_out_of_range_is_said_before_training(tmp_path: Path, setting: str) -> None:
     """Values that AdamW or a random generator would refuse later, with a traceback."""

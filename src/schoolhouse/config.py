@@ -112,6 +112,8 @@ class Data(Rows):
         for name, sources in (("train", self.train), ("validation", held_out)):
             if len({source.proportion is None for source in sources}) > 1:
                 raise ValueError(f"either all sources of {name} have a proportion, or none")
+        if self.bad_share > 1:
+            raise ValueError(f"on_error is {self.on_error!r}: a share is at most 100%")
         return self
 
     @property

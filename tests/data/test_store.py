@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -236,3 +237,43 @@ def test_what_a_killed_preparation_left_is_not_used(tmp_path: Path, serving: ser
     (left / "input_ids.bin").write_bytes(b"half")
     assert prepared(recipe, serving)[0].input_ids.size > 4
     assert not left.exists()
+
+
+def test_an_edited_template_makes_new_data_in_the_same_process(tmp_path: Path, serving: served.Serving) -> None:
+    """A notebook prepares, edits the file, prepares again: new store, and the new template's tokens in it."""
+    path, template = write_rows(tmp_path / "rows.jsonl", [question(1)]), tmp_path / "mine.jinja"
+    model, texts = {"path": "starter/qwen3", "chat_template": str(template)}, []
+    for word in ("one", "other"):
+        template.write_text("{% for m in messages %}" + word + "{{ m.content }}<|im_end|>{% endfor %}")
+        recipe = Recipe.model_validate({"model": model, "data": {"train": str(path), "cache": str(tmp_path)}})
+        mine = served.serving(recipe.model, serving.directory)
+        store = prepared(recipe, mine)
+        texts.append(served.load(mine).tokenizer.decode(store[0].input_ids))
+    assert texts[0].startswith("oneWhat") and texts[1].startswith("otherWhat")
+
+
+@pytest.mark.parametrize("changed", ["tokenizer.json", "generation_config.json", "config.json", "function"])
+def test_an_edited_file_makes_new_data(
+    tmp_path: Path, serving: served.Serving, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """The tokenizer, the stop tokens, the number of embeddings, the user's own function."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    student = Path(shutil.copytree(serving.directory, tmp_path / "student"))
+    (tmp_path / "mine_of_rows.py").write_text("def read(row):\n    return row\n")
+    path = write_rows(tmp_path / "rows.jsonl", [question(1)])
+    recipe = recipe_of(path, tmp_path, function="mine_of_rows:read")
+    mine = served.serving(recipe.model, student)
+
+    def found() -> str:
+        return prepare._fingerprint(recipe.data, choose.choices(recipe)["train"], mine, served.rules(recipe))
+
+    first = found()
+    assert found() == first
+    if changed == "function":
+        (tmp_path / "mine_of_rows.py").write_text("def read(row):\n    return dict(row)\n")
+    else:
+        content = json.loads((student / changed).read_text(encoding="utf-8"))
+        (student / changed).write_text(json.dumps({**content, "vocab_size": 7, "more": 1}), encoding="utf-8")
+    assert found() != first
+    monkeypatch.setattr(prepare, "VERSION", 99)
+    assert found() != first
