@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +106,43 @@ def test_two_students_are_compared_on_played_conversations(run: Path, capsys: py
     cli.main(["compare", "starter/qwen3", str(run), str(CLASSROOM / "starter.yaml"), *SMALL, "exam.grader=contains"])
     said = capsys.readouterr().out.replace("\n", "")
     assert "starter/qwen3: 0 of 12" in said and "of 12" in said.split(str(run))[-1]
+
+
+def test_two_machines_as_the_job_files_start_them(tmp_path: Path) -> None:
+    """One process on each of two "machines", joined by torchrun's variables; a stop asked of one is exit 75 of both."""
+    directory, port = tmp_path / "run", str(free_port())
+    words = [sys.executable, "-m", "schoolhouse", "run", CLASSROOM / "starter.yaml", "--nproc", "1",
+             f"directory={directory}", *SMALL, "train.steps=4000", "exam.data=null"]
+    joined = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+    machines = [
+        subprocess.Popen(words, env={**os.environ, **joined, "PET_NODE_RANK": str(number)}, stderr=subprocess.DEVNULL)
+        for number in range(2)
+    ]
+    try:
+        metrics = directory / "metrics.jsonl"
+        until(lambda: metrics.is_file() and '"kind": "step"' in metrics.read_text(), machines)
+        machines[1].send_signal(signal.SIGTERM)
+        assert [machine.wait(timeout=120) for machine in machines] == [75, 75]
+    finally:
+        for machine in machines:
+            machine.kill()
+            machine.wait()
+    assert json.loads((directory / "run.json").read_text())["status"] == "stopped"
+    assert len(list((directory / "checkpoints").glob("step-*"))) == 1
+
+
+def until(seen: Callable[[], bool], machines: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until something is seen while all are alive; four minutes, for busy machines."""
+    end = time.monotonic() + 240
+    while not seen():
+        assert all(machine.poll() is None for machine in machines) and time.monotonic() < end
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 @pytest.mark.parametrize("path", sorted(CLASSROOM.glob("*.yaml")), ids=lambda path: path.stem)

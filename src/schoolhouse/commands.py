@@ -37,7 +37,7 @@ def run(options: Namespace) -> None:
 def _joined(options: Namespace, recipe: Recipe) -> Iterator[Mesh]:
     """This process among those of the recipe's layout; where --nproc asks for several, it starts them and ends."""
     here = place.place(os.environ)
-    if options.nproc != 1:
+    if options.nproc != 1 or (place.machines(os.environ) > 1 and here.world == 1):
         sys.exit(_launch(options, recipe, here))
     place.degrees(recipe.parallel, here.world)
     launch.attend()
@@ -85,8 +85,7 @@ def _launch(options: Namespace, recipe: Recipe, here: place.Place) -> int:
             required="at least 1, and only where no other launcher has started the processes", where="command line",
             remedy="leave --nproc out under torchrun and srun",
         )
-    machines = os.environ.get("PET_NNODES", "1")
-    place.degrees(recipe.parallel, options.nproc * int(machines.split(":")[0]))
+    place.degrees(recipe.parallel, options.nproc * place.machines(os.environ))
     return launch.launch(options.nproc, recipe.parallel.max_restarts, [*options.words, "--nproc", "1"])
 
 

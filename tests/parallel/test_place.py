@@ -7,7 +7,7 @@ import pytest
 from schoolhouse.config import Parallel
 from schoolhouse.errors import MeshError
 from schoolhouse.parallel import ulysses
-from schoolhouse.parallel.place import Degrees, Place, degrees, first_host, place
+from schoolhouse.parallel.place import Degrees, Place, degrees, first_host, machines, place
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456", "SLURM_STEP_NUM_TASKS": "8",
          "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "gpu[07-10]"}
@@ -82,3 +82,14 @@ def test_frequencies_that_depend_on_the_length_are_refused(kind: str) -> None:
     ulysses.refuse_rope({"rope_parameters": {"rope_type": "yarn"}}, 2)
     with pytest.raises(MeshError):
         ulysses.refuse_rope({"rope_parameters": {"rope_type": kind}}, 2)
+
+
+@pytest.mark.parametrize(("named", "wanted"), [(None, 1), ("1", 1), ("4", 4), ("2:8", 2)])
+def test_machines_are_counted_as_torchrun_counts_them(named: str | None, wanted: int) -> None:
+    assert machines({} if named is None else {"PET_NNODES": named}) == wanted
+
+
+@pytest.mark.parametrize("named", ["", "two", "0", "-1", ":3"])
+def test_a_number_of_machines_that_is_none_is_refused(named: str) -> None:
+    with pytest.raises(MeshError, match="PET_NNODES"):
+        machines({"PET_NNODES": named})

@@ -72,6 +72,17 @@ def place(environment: Mapping[str, str]) -> Place:
     return found if world > 1 else Place()
 
 
+def machines(environment: Mapping[str, str]) -> int:
+    """How many machines `run --nproc` is started on: torchrun's `PET_NNODES`, the least where it names a range."""
+    named = environment.get("PET_NNODES", "1").split(":")[0]
+    if not named.isdecimal() or int(named) < 1:
+        raise MeshError(
+            f"the environment's PET_NNODES={named} is no number of machines", required="a whole number, at least 1",
+            where="environment variables", remedy="set PET_NNODES to the number of machines, or unset it",
+        )
+    return int(named)
+
+
 def _tasks(environment: Mapping[str, str]) -> str | None:
     """The variable that holds the number of tasks, inside `srun`; a batch script itself is one process alone."""
     if "SLURM_PROCID" not in environment:
