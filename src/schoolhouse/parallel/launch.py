@@ -35,6 +35,8 @@ SHUTDOWN_SECONDS = 4
 """How long workers may take to end after one failed, before they are killed."""
 GRACE_SECONDS = 3.0
 """How long a worker that lost a peer waits before it ends, so that the peer's own failure is seen first."""
+INTERRUPTED = 130
+"""Exit code of workers that a second ctrl-C ended."""
 CONSEQUENCES = (-signal.SIGTERM, PeerError.exit_code)
 """Exit codes of workers that ended because another had failed."""
 
@@ -168,6 +170,8 @@ def _explain(failures: Mapping[int, ProcessFailure]) -> int:
         )
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    if cause.exitcode == INTERRUPTED:
+        return INTERRUPTED
     message = cause.message["message"] if isinstance(cause.message, dict) else f"exit code {cause.exitcode}"
     print(f"error: {message}\n  rank:     {rank}", file=sys.stderr, flush=True)
     return cause.exitcode
