@@ -1,0 +1,68 @@
+"""The cases of models that see: a layout's loss and gradients against transformers alone, in one process each.
+
+Run by `test_sights_on_layouts.py`, in groups of processes. Of two data ranks one has no image.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import group
+import torch
+from seeing import examples, eyes, plain_gradient, step, stored, student
+from torch.distributed.tensor import DTensor
+from true_float64 import TrueFloat64
+
+from schoolhouse import train
+from schoolhouse.model import sight
+from schoolhouse.model.load import Student
+from schoolhouse.parallel import fsdp
+
+IMAGES = {"mixed": [0, 1, 0, 3, 2, 0], "one rank blind": [2, 0, 1, 0, 3, 0], "text": [0] * 6}
+PACKS = {"mixed": [[0, 1], [2, 3], [4, 5], []], "one rank blind": [[0, 2], [1, 5], [4], [3]],
+         "text": [[0, 1, 2], [3, 4, 5]]}
+
+
+def compare(family: str, kind: str, layout: group.Layout, frozen: tuple[str, ...] = ()) -> float:
+    """The largest difference of loss and gradients from the oracle, relative to the longest gradient."""
+    one, seeing, mesh = student(family), eyes(family), group.mesh(layout)
+    rows = examples(seeing, IMAGES[kind], seed=7)
+    with TrueFloat64(), tempfile.TemporaryDirectory() as place:
+        wanted_loss, wanted = plain_gradient(one.model, rows, seeing)
+        sight.freeze(one.model, frozen)
+        placed = Student(one.model, mesh)
+        fsdp.shard(placed, mesh, torch.float64, offload=False)
+        mine = step(stored(rows, Path(place)), PACKS[kind], seeing, mesh.data_rank, mesh.data_ranks)
+        loss, _ = train.compute_gradient(placed, mine, seed=0)
+    worst = abs(loss - wanted_loss) / abs(wanted_loss)
+    largest = max(float(gradient.norm()) for gradient in wanted.values())
+    for name, parameter in placed.model.named_parameters():
+        if sight.part_of(name) in frozen:
+            assert parameter.grad is None, name
+            continue
+        assert isinstance(parameter.grad, DTensor), name
+        found = parameter.grad.full_tensor()
+        target = wanted.get(name, torch.zeros_like(found))
+        worst = max(worst, float((found - target).norm()) / largest)
+    return worst
+
+
+CASES: dict[str, Callable[[], float]] = {
+    f"{family}, {kind}, {'x'.join(map(str, layout))}": functools.partial(compare, family, kind, layout)
+    for family, kind, layout in (
+        ("qwen3_vl", "one rank blind", (1, 2, 1)), ("qwen3_vl", "one rank blind", (2, 1, 1)),
+        ("qwen3_vl", "mixed", (1, 1, 2)), ("qwen3_vl", "text", (1, 1, 2)), ("qwen3_vl", "text", (1, 2, 1)),
+        ("qwen3_vl_moe", "mixed", (1, 1, 2)), ("qwen2_5_vl", "mixed", (1, 1, 2)),
+    )
+}
+CASES["frozen vision, 1x2x1"] = functools.partial(compare, "qwen3_vl", "one rank blind", (1, 2, 1), ("vision",))
+CASES["frozen vision, 1x1x2"] = functools.partial(compare, "qwen3_vl", "mixed", (1, 1, 2), ("vision",))
+
+
+if __name__ == "__main__":
+    assert os.environ["WORLD_SIZE"] == "2"
+    group.main(CASES)
