@@ -132,7 +132,8 @@ _SLURM = Template("""\
 set -euo pipefail
 cd "$${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 
-MASTER_ADDR=$$(scontrol show hostnames "$$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$$(scontrol show hostnames "$$SLURM_JOB_NODELIST")
+MASTER_ADDR=$${hosts%%$$'\\n'*}
 MASTER_PORT=$$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="$${OMP_NUM_THREADS:-4}"
 # The rows are prepared once, for all machines; what is downloaded is downloaded once.
@@ -177,7 +178,7 @@ setup: |
 run: |
   set -euo pipefail
   # where the first machine listens, and which of them this is: the variables that torchrun reads
-  PET_MASTER_ADDR=$$(echo "$$SKYPILOT_NODE_IPS" | head -n 1)
+  PET_MASTER_ADDR=$${SKYPILOT_NODE_IPS%%$$'\\n'*}
   export PET_MASTER_ADDR PET_MASTER_PORT=$port PET_NNODES="$$SKYPILOT_NUM_NODES" PET_NODE_RANK="$$SKYPILOT_NODE_RANK"
   exec $command
 """)
