@@ -33,7 +33,7 @@ def proved(
     if mesh.world == 1:
         student = load.load(directory, recipe.model, place, recipe.lora)
         return student, load.prove(student, seeing)
-    _refuse(directory, mesh, seeing)
+    _refuse(directory, mesh)
     whole = load.load(directory, recipe.model, torch.device("cpu"), recipe.lora, number=stored(directory))
     found = None
     if mesh.is_first:
@@ -56,18 +56,13 @@ def stored(directory: Path) -> torch.dtype:
     return NUMBERS.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
-def _refuse(directory: Path, mesh: Mesh, seeing: Sight | None) -> None:
+def _refuse(directory: Path, mesh: Mesh) -> None:
     """Raise MeshError for a Ulysses degree that cannot work, before any weight is read."""
     configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     settings = configuration.get_text_config().to_dict()
     if mesh.ulysses > 1:
         ulysses.refuse_heads(settings.get("num_attention_heads") or 1, mesh.ulysses)
         ulysses.refuse_rope(settings, mesh.ulysses)
-    if mesh.ulysses > 1 and seeing is not None:
-        raise MeshError(
-            f"parallel.ulysses={mesh.ulysses} cannot share images yet", required="one process a micro-batch",
-            where="parallel.ulysses", remedy="set parallel.ulysses=1; parallel.shard and replicate work with images",
-        )
 
 
 def _check_layout(student: Student, proof: Proof, seeing: Sight | None, agreement: float) -> None:
