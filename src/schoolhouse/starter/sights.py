@@ -17,7 +17,7 @@ from typing import Any
 
 from schoolhouse.starter import words
 
-_SIZES = {"train": 24000, "validation": 256, "exam": 256}
+_SIZES = {"train": 50000, "validation": 256, "exam": 256}
 
 SIDE = 48
 """Pixels of a picture's side."""
@@ -65,7 +65,7 @@ def rows(split: str) -> Iterator[dict[str, Any]]:
         things = _arrange(random)
         if words.part_of_all(";".join(f"{one.place} {one.words}" for one in things)) not in words.SHARES[split]:
             continue
-        asked = _ask(random, things, _KINDS if split == "train" else _KINDS[3:])
+        asked = _ask(random, things, _TAUGHT if split == "train" else _KINDS)
         if asked is not None:
             question, answer = asked
             yield {"image": {"bytes": _draw(random, things), "path": None}, "question": question, "answer": answer}
@@ -127,8 +127,10 @@ def _caption(random: Random, things: list[_Thing]) -> tuple[str, str]:
     return "Describe the picture.", ", ".join(f"{_PLACES[thing.place]}: {thing.words}" for thing in things)
 
 
-_KINDS = (_caption, _caption, _caption, _caption, _where, _colour, _what, _count, _digit)
-"""The kinds of questions. Training has more captions: they say most about a picture."""
+_KINDS = (_caption, _where, _colour, _what, _count, _digit)
+"""The kinds of questions."""
+_TAUGHT = (*_KINDS, _caption, _caption, _caption, _where, _colour, _count)
+"""Training has more captions, which say most about a picture, and more of what has to be looked for in it."""
 
 
 # Pictures.
