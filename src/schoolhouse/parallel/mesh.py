@@ -164,9 +164,12 @@ def join(here: Place, device: torch.device) -> None:
     """Start the process group: gloo for what lies in host memory, the accelerator's own library beside it."""
     own = dist.get_default_backend_for_device(device)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
+    url = "env://" if "TORCHELASTIC_RUN_ID" in os.environ else f"tcp://{here.address}"
+    store, rank, world = next(dist.rendezvous(url, here.rank, here.world, timeout=PATIENCE))
+    # workers that were started again may find the same store: the addresses of the dead must not be met
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        backend, init_method=f"tcp://{here.address}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
-        rank=here.rank, world_size=here.world, timeout=PATIENCE,
+        backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=world, timeout=PATIENCE
     )
 
 
