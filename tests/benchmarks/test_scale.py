@@ -98,8 +98,9 @@ def test_the_exchange_sends_what_the_formula_says(
     monkeypatch.setattr(ulysses.dist, "all_to_all_single", record)
     tokens = 6
     query, key = (torch.zeros(tokens, number, 16, dtype=torch.bfloat16) for number in (heads, keys))
-    own, *_ = ulysses.to_heads(query, key, key, Peers())
-    ulysses.to_sequence(own, Peers())
+    exchange = ulysses.Exchange(Peers())
+    own, *_ = exchange.to_heads(query, key, key)
+    exchange.to_sequence(own)
     model = scale.Model("small", 64, 1, heads, keys, 16, 64, 100, tied=True)
     layout = scale.Layout(1, 1, degree)
     others = sum(sent) * (degree - 1) / degree  # the part for itself is not sent
