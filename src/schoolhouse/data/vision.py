@@ -56,10 +56,6 @@ FAMILIES = {
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "qwen2_5_vl": _QWEN,
-    "gemma3": Family(
-        "<start_of_image>", placed_by_grid=False, visual="<image_soft_token>",
-        before="\n\n<start_of_image>", after="<end_of_image>\n\n",
-    ),
 }
 """By the `model_type` of a model's configuration."""
 
