@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from schoolhouse import recipe as recipes
@@ -107,9 +106,9 @@ def test_gsm8k_tokens_decode_to_the_rows(gsm8k: Path, shared: Path) -> None:
         assert example.supervised == len(example.labels) - len(context) + 1
 
 
-def test_validation_loss_on_gsm8k_falls(gsm8k: Path, tmp_path: Path) -> None:
+def test_validation_loss_on_gsm8k_falls(gsm8k: Path, shared: Path, tmp_path: Path) -> None:
     """Twelve small steps from random weights take the loss on test.jsonl well below its start, log(151,936)."""
-    few = f"data.validation={{path: {SHARED}/gsm8k/test.jsonl, limit: 40}}"
+    few = f"data.validation={{path: {shared}/gsm8k/test.jsonl, limit: 40}}"
     schoolhouse("run", gsm8k, f"directory={tmp_path}/run", few, "batch.examples=16", "train.steps=12",
                 "optim.learning_rate=1e-2")
     before, after = (record["loss"] for record in metrics(tmp_path / "run", "eval"))

@@ -90,6 +90,7 @@ def attend() -> None:
     office = os.environ.get(OFFICE)
     if office is not None and "RANK" in os.environ:
         path = Path(office) / f"worker-{os.environ['LOCAL_RANK']}"
+        (path.parent / STOPPED).unlink(missing_ok=True)  # of a worker that ended because its peer had died
         path.write_text(str(os.getpid()), encoding="utf-8")
         if (path.parent / STOP).exists():
             raise Stopped("stopped before it began")
