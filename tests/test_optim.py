@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse import optim
 from schoolhouse.config import Optim
@@ -167,14 +168,53 @@ def test_frozen_parameters_stay(precision: str) -> None:
     assert {name.split(".")[0] for name, _ in optimizer.weights()} == {"1", "3"}
 
 
+# Muon.
+
+
+def test_muon_moves_all_directions_of_a_matrix_alike() -> None:
+    """One step on a gradient with lengths from 1 to 20, without decay: those of the change are near 0.2 sqrt(8) x rate.
+
+    Five Newton-Schulz steps in bfloat16 bring singular values between about 0.7 and 1.2 (Jordan et al., 2024), whatever
+    the gradient's own are; AdamW moves the biases and norms, by the learning rate each at its first step.
+    """
+    model = network()
+    optimizer = Optimizer(model, Optim(name="muon", weight_decay=0.0, clip=None), "float32")
+    assert optimizer.matrices == {"0.weight", "3.weight"}
+    before = {name: one.clone() for name, one in optimizer.weights()}
+    loss_of(model, 1).backward()
+    left, _, right = torch.linalg.svd(model[0].weight.grad, full_matrices=False)
+    model[0].weight.grad.copy_(left * torch.linspace(20, 1, 6) @ right)
+    optimizer.step(0.01)
+    change = {name: one - before[name] for name, one in optimizer.weights()}
+    lengths = torch.linalg.svdvals(change["0.weight"]) / (0.01 * 0.2 * math.sqrt(8))
+    assert float(lengths.min()) > 0.6 and float(lengths.max()) < 1.3
+    assert float((left.T @ change["0.weight"] @ right.T).diagonal().max()) < 0
+    moved = change["3.bias"].abs()
+    assert torch.allclose(moved, torch.full_like(moved, 0.01), rtol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_muon_leaves_embeddings_and_head_to_adamw(tied: bool) -> None:
+    """Their rows are tokens, and most of them have no gradient in a step."""
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied,
+    )
+    names = optim.hidden_matrices(AutoModelForCausalLM.from_config(config))
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert sorted(name.split(".")[-2] for name in names) == sorted(kinds)
+
+
 # Saved and put back.
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_restored_optimizer_continues_exactly(precision: str) -> None:
+def test_a_restored_optimizer_continues_exactly(precision: str, name: str) -> None:
     """Three steps, saved, put into another network, three more: the bits of six steps."""
     whole, first, second = network(1), network(1), network(2)
-    optimizers = [Optimizer(model, SETTINGS, precision) for model in (whole, first, second)]
+    chosen = SETTINGS.model_copy(update={"name": name})
+    optimizers = [Optimizer(model, chosen, precision) for model in (whole, first, second)]
     train(whole, optimizers[0], range(1, 7))
     train(first, optimizers[1], range(1, 4))
     weights, moments = ({name: one.clone() for name, one in pairs()} for pairs in (

@@ -125,7 +125,7 @@ def test_stories260k_matches_its_golden_values(shared: Path) -> None:
     place, golden = _stories(shared)
     student = load.load(place, Model(path=str(place)), torch.device("cpu"))
     ids = torch.tensor(golden["ids"])
-    loss = student.loss(load._pack([ids, ids[:40]], torch.device("cpu")))
+    loss = student.loss(load._pack([ids, ids[:40]], torch.device("cpu"), None, None))
     wanted = sum(golden["nll_per_token"]) + sum(golden["nll_per_token"][:39])
     assert float(loss.nll.detach()) == pytest.approx(wanted, rel=1e-4)
     with torch.no_grad():

@@ -36,6 +36,7 @@ from schoolhouse.data import store as stores
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.errors import ConfigError
+from schoolhouse.parallel.mesh import ALONE
 from schoolhouse.screen import Screen
 from schoolhouse.types import Message, Part
 
@@ -457,7 +458,7 @@ def test_changed_rows_are_refused(tmp_path: Path) -> None:
     before = [path.read_bytes() for path in told]
     rows.write_text('{"question": "a", "answer": "x"}\n{"question": "c", "answer": "d"}\n')
     with pytest.raises(ConfigError, match="changed since"):
-        runs.begin(recipes.read(page, [f"directory={tmp_path / 'run'}"]), page, Screen())
+        runs.begin(recipes.read(page, [f"directory={tmp_path / 'run'}"]), page, Screen(), ALONE)
     assert [path.name for path, was in zip(told, before, strict=True) if path.read_bytes() != was] == []
 
 

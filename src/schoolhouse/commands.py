@@ -46,7 +46,8 @@ def _joined(options: Namespace, recipe: Recipe) -> Iterator[Mesh]:
     from schoolhouse.parallel import mesh as meshes
     from schoolhouse.parallel import watch
 
-    places.model_directory(recipe.model.path, recipe.model.revision)  # once joined, only rank 0 of all could save one
+    if here.world > 1:  # once joined, only rank 0 of all could save a starter student
+        places.model_directory(recipe.model.path, recipe.model.revision)
     mesh = meshes.connect(recipe.parallel, load.device(recipe.device, here.local))
     with watch.losses(mesh):
         yield mesh

@@ -186,8 +186,11 @@ class Train(Section):
 
 
 class Optim(Section):
-    """AdamW (Loshchilov & Hutter, 2019) and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`adamw` (Loshchilov & Hutter, 2019); `muon` (Jordan et al., 2024) moves the matrices between layers in all their
+    directions alike, scaled so that AdamW's learning rates serve (Liu et al., 2025); AdamW moves the rest."""
     learning_rate: PositiveFloat = 1e-5
     """The peak, after warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -199,11 +202,13 @@ class Optim(Section):
     weight_decay: NaturalFloat = 0.01
     """Decoupled decay of matrices; vectors (norms, biases) are never decayed."""
     beta1: Decay = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the mean of gradients (AdamW)."""
     beta2: Decay = 0.95
-    """Decay of the mean of squared gradients."""
+    """Decay of the mean of squared gradients (AdamW)."""
     epsilon: PositiveFloat = 1e-8
-    """Added to the root of the mean of squared gradients."""
+    """Added to the root of the mean of squared gradients (AdamW)."""
+    momentum: Decay = 0.95
+    """Decay of the sum of gradients (Muon)."""
     clip: PositiveFloat | None = 1.0
     """The largest norm of the whole gradient; null clips nothing."""
 
@@ -296,6 +301,8 @@ class Recipe(Section):
             raise ValueError("exam.data is asked as a whole: it has no proportion")
         if self.exam.every and self.exam.data is None:
             raise ValueError("exam.every needs exam.data")
+        if self.optim.name == "muon" and self.lora is not None:
+            raise ValueError("optim.name=muon trains whole matrices: adapters (lora) are trained with adamw")
         return self
 
     @property

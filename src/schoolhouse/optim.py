@@ -1,8 +1,11 @@
-"""AdamW over float32 master weights, and the learning rate as a pure function of the step.
+"""AdamW, or Muon for matrices, over float32 master weights; the learning rate as a pure function of the step.
 
 In float32 the masters are the model's own parameters. In bfloat16 the model holds bfloat16 copies for its matrix
 products, while masters, gradient sums and moments stay in float32: an update far smaller than a bfloat16 step of a
 weight is kept, not rounded away (Micikevicius et al., 2018, arXiv:1710.03740).
+
+Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
+matrix whose directions are all of one length; scaled to AdamW's usual step (Liu et al., 2025, arXiv:2502.16982).
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from schoolhouse.config import Optim
+from schoolhouse.errors import ConfigError
 from schoolhouse.parallel import fsdp
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter, by torch's names."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""The optimizers' state of a parameter, by torch's names: AdamW's, and Muon's."""
 
 
 class Optimizer:
@@ -32,17 +38,32 @@ class Optimizer:
             _narrow(model)
             for name, copy in self._copies.items():
                 copy.register_post_accumulate_grad_hook(_move_gradient(self.masters[name]))
-        self._adamw = torch.optim.AdamW(
+        self.matrices = hidden_matrices(model) & self.masters.keys() if settings.name == "muon" else set()
+        """The names of the parameters that Muon moves."""
+        adamw = torch.optim.AdamW(
             self._groups(), lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
         )
+        self._optimizers: list[torch.optim.Optimizer] = [adamw]
+        if self.matrices:
+            self._optimizers.append(_muon([self.masters[name] for name in self.masters if name in self.matrices],
+                                          settings))
 
     def _groups(self) -> list[dict]:
-        """Matrices decay, vectors (norms, biases) do not."""
-        tensors = list(self.masters.values())
+        """What AdamW moves: matrices decay, vectors (norms, biases) do not."""
+        tensors = [one for name, one in self.masters.items() if name not in self.matrices]
         return [
             {"params": [one for one in tensors if one.ndim >= 2], "weight_decay": self._settings.weight_decay},
             {"params": [one for one in tensors if one.ndim < 2], "weight_decay": 0.0},
         ]
+
+    def _state(self, name: str) -> dict[Tensor, dict[str, Tensor]]:
+        """The state of the optimizer that moves a parameter."""
+        return self._optimizers[name in self.matrices].state
+
+    def describe(self) -> str:
+        """What moves the weights, for the table of what is in force."""
+        rest = len(self.masters) - len(self.matrices)
+        return f"Muon for {len(self.matrices)} matrices, AdamW for {rest} other tensors" if self.matrices else "AdamW"
 
     def clip(self) -> Tensor:
         """The norm of the whole gradient before clipping (scalar); longer gradients are shortened to `optim.clip`."""
@@ -53,11 +74,12 @@ class Optimizer:
         return norm
 
     def step(self, learning_rate: float) -> None:
-        """One AdamW update; gradients are gone afterwards."""
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        """One update; gradients are gone afterwards."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self._write_copies()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -65,9 +87,9 @@ class Optimizer:
         return ((name, master.detach()) for name, master in self.masters.items())
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """AdamW's state by `moment.parameter`."""
+        """The optimizers' state by `moment.parameter`."""
         for name, master in self.masters.items():
-            for moment, value in self._adamw.state.get(master, {}).items():
+            for moment, value in self._state(name).get(master, {}).items():
                 yield f"{moment}.{name}", value
 
     @torch.no_grad()
@@ -75,9 +97,9 @@ class Optimizer:
         """Put a saved state back, exactly: of a master that is cut, the part that this process holds."""
         for name, master in self.masters.items():
             master.copy_(fsdp.as_cut(weights[name], master))
-            if f"step.{name}" in moments:  # a parameter that never had a gradient has no moments
-                state = {moment: moments[f"{moment}.{name}"] for moment in MOMENTS}
-                self._adamw.state[master] = {
+            state = {moment: moments[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in moments}
+            if state:  # a parameter that never had a gradient has no moments
+                self._state(name)[master] = {
                     moment: fsdp.as_cut(value.to(master.device), master if value.ndim else value)
                     for moment, value in state.items()
                 }
@@ -88,6 +110,25 @@ class Optimizer:
         for name, master in self.masters.items():
             if self._copies[name] is not master:
                 self._copies[name].copy_(master)
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """The names of the matrices between layers: of linear modules, but not the head, whose rows are tokens."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linear = ((name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear))
+    return {f"{name}.weight" for name, module in linear if module is not head}
+
+
+def _muon(matrices: list[Tensor], settings: Optim) -> torch.optim.Muon:
+    if any(isinstance(one, DTensor) for one in matrices):
+        raise ConfigError(
+            "optim.name=muon with weights that are cut over processes", required="whole matrices: one process",
+            where="optim.name", remedy="set optim.name=adamw, or train with one process",
+        )
+    return torch.optim.Muon(
+        matrices, lr=0.0, weight_decay=settings.weight_decay, momentum=settings.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
 
 
 def learning_rate(settings: Optim, step: int, steps: int) -> float:
