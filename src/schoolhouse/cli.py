@@ -74,6 +74,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = _with_recipe(commands, "run", "train; continues by itself where the directory holds an unfinished run")
     _nproc(run)
+    run.add_argument("--allow-change", action="append", default=[], metavar="KEY",
+                     help="continue although this setting differs from the one the run began with")
+    run.add_argument("--strict-resume", action="store_true",
+                     help="a damaged checkpoint is an error (6), not a reason to use an earlier one")
     check = _with_recipe(commands, "check", "everything that can be known before training: settings, rows, lengths")
     check.add_argument("--json", action="store_true", help="print JSON")
     _show(_with_recipe(commands, "show", "the tokens as they are trained, coloured"))
@@ -97,6 +101,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="the checkpoint; unset: the best exam's, else the newest")
     verify = _command(commands, "verify", "compare every byte of a checkpoint with its manifest")
     _target(verify, "checkpoint, or a run directory for all of its checkpoints")
+    _target(_command(commands, "replay", "compute the step of bad_step.json again, and say which pack it was"),
+            "run directory")
     _target(_command(commands, "report", "write the run's report.html"), "run directory")
     _job(_with_recipe(commands, "job", "print a job file for many machines; nothing is submitted"))
     _command(commands, "ls", "list the recipes")

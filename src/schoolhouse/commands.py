@@ -30,7 +30,7 @@ def run(options: Namespace) -> None:
     stop = StopRequest()
     recipe = recipes.read(options.recipe, options.overrides)
     with _joined(options, recipe) as mesh:
-        _train(recipe, Path(options.recipe), stop, mesh)
+        _train(recipe, options, stop, mesh)
 
 
 @contextlib.contextmanager
@@ -55,14 +55,15 @@ def _joined(options: Namespace, recipe: Recipe) -> Iterator[Mesh]:
     meshes.leave(mesh)
 
 
-def _train(recipe: Recipe, path: Path, stop: StopRequest, mesh: Mesh) -> None:
+def _train(recipe: Recipe, options: Namespace, stop: StopRequest, mesh: Mesh) -> None:
     from schoolhouse import run as runs
     from schoolhouse.report import page
     from schoolhouse.screen import Screen
     from schoolhouse.train import train
 
     screen = Screen.of(mesh.is_first)
-    running = runs.begin(recipe, path, screen, mesh)
+    back = runs.Return(options.allow_change, options.strict_resume)
+    running = runs.begin(recipe, Path(options.recipe), screen, mesh, back)
     status = "failed"
     try:
         train(running, stop)
@@ -195,6 +196,14 @@ def verify(options: Namespace) -> None:
         raise faults[0]
 
 
+def replay(options: Namespace) -> None:
+    """Compute the step of bad_step.json again; an error where it comes out differently."""
+    from schoolhouse import replay as again
+
+    for line in again.replay(Path(options.target)):
+        print(line)
+
+
 def report(options: Namespace) -> None:
     """Write report.html from the run's records."""
     from schoolhouse.report import page
@@ -253,8 +262,8 @@ def env(options: Namespace) -> None:
 
 COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
     "run": run, "check": check, "show": show, "selfcheck": selfcheck, "eval": evaluate, "chat": chat,
-    "compare": compare, "export": export, "verify": verify, "report": report, "job": job, "ls": ls, "new": new,
-    "schema": schema, "env": env,
+    "compare": compare, "export": export, "verify": verify, "replay": replay, "report": report,
+    "job": job, "ls": ls, "new": new, "schema": schema, "env": env,
 }
 
 

@@ -183,6 +183,14 @@ class Train(Section):
     """Passes over the data."""
     steps: PositiveInt | None = None
     """Stop after this many optimizer steps; more than `epochs` holds begin further passes."""
+    on_nonfinite: Annotated[str, Field(pattern=r"^(stop|skip:[1-9]\d{0,3})$")] = "stop"
+    """What happens when a loss or gradient is no finite number: stop, or leave out the update of up to this many steps
+    of the run, e.g. `skip:3`. Either way `bad_step.json` names the rows, and `replay RUN` computes the step again."""
+
+    @property
+    def skips(self) -> int:
+        """Steps whose update may be left out."""
+        return 0 if self.on_nonfinite == "stop" else int(self.on_nonfinite.removeprefix("skip:"))
 
 
 class Optim(Section):

@@ -73,6 +73,11 @@ class Optimizer:
             nn.utils.clip_grads_with_norm_(tensors, self._settings.clip, norm)
         return norm
 
+    def forget(self) -> None:
+        """Drop the gradient; weights and moments stay what they are."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
     def step(self, learning_rate: float) -> None:
         """One update; gradients are gone afterwards."""
         for optimizer in self._optimizers:

@@ -40,6 +40,8 @@ SHOWN_ROWS = 4
 """Training rows whose tokens the report shows."""
 HARMLESS = ("directory", "checkpoint.", "validation.", "device", "data.workers", "data.cache", "parallel.")
 """Settings that may change between a stop and its continuation: they decide nothing about the weights."""
+CHANGEABLE = ("optim.", "train.", "batch.", "exam.")
+"""Settings that decide the weights, and may be changed within a run where --allow-change names them."""
 
 
 @dataclass(slots=True)
@@ -63,6 +65,8 @@ class Run:
     """`{"step", "score"}` of the best exam so far."""
     info: dict[str, Any] = field(default_factory=dict)
     """The content of `run.json`."""
+    skipped: int = 0
+    """Steps whose update was left out, because loss or gradient was no number."""
     stalled: float = 0.0
     """Seconds that the save after the last step held training up."""
     began: float = field(default_factory=time.monotonic)
@@ -72,6 +76,14 @@ class Run:
         self.done = record["step"]
         self.record.append(METRICS, {**record, "save_stall_seconds": self.stalled})
         self.stalled = 0.0
+
+    def note_skipped(self, step: int, loss: float, norm: float) -> None:
+        """A step is done whose update was left out; its numbers are text, for JSON has no such numbers."""
+        self.done, self.skipped, self.stalled = step, self.skipped + 1, 0.0
+        told = {"kind": "skipped", "step": step, "loss": str(loss), "grad_norm": str(norm), "skipped": self.skipped}
+        self.record.append(METRICS, told)
+        self.record.event("step skipped", **told)
+        self.screen.say(f"step {step} skipped: loss {loss}, gradient norm {norm} ({self.skipped} so far)")
 
     def look(self, step: int) -> None:
         """Validation and exam where they are due after `step`."""
@@ -106,7 +118,7 @@ class Run:
         self.finish_save()
         state = {
             "position": dataclasses.asdict(self.plan.position(step)), "steps": self.steps, "best": self.best,
-            "data": self.store.fingerprint,
+            "data": self.store.fingerprint, "skipped": self.skipped,
         }
         tensors = {checkpoint.WEIGHTS: self.optimizer.weights(), checkpoint.OPTIMIZER: self.optimizer.moments()}
         best = None if self.best is None else self.best["step"]
@@ -135,11 +147,24 @@ class Run:
         self.record.event(status, step=self.done)
 
 
-def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh) -> Run:
+@dataclass(frozen=True, slots=True)
+class Return:
+    """How a run may be continued."""
+
+    allowed: Sequence[str] = ()
+    """Settings that may differ from those it began with, by their dotted names."""
+    strict: bool = False
+    """Whether a damaged checkpoint is an error, instead of a reason to use an earlier one."""
+
+
+def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return = Return()) -> Run:
     """Make everything the recipe names, and go back to the newest checkpoint where there is one."""
+    _refuse_what_cannot_change(recipe, back.allowed)
     record = Record(recipes.directory(recipe, path), writes=mesh.is_first)
     previous = mesh.share(record.read("run.json"))
-    _refuse_another_recipe(recipe, previous, record.directory)
+    for change in _changes(recipe, previous, record.directory, back.allowed):
+        screen.say(f"changed: {change}")
+        record.event("setting changed", change=change)
     directory = places.model_directory(recipe.model.path, recipe.model.revision)
     today = datetime.date.fromisoformat(previous["date"]) if previous else datetime.date.today()
     serving, rules = served.serving(recipe.model, directory, today), served.rules(recipe)
@@ -161,7 +186,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh) -> Run:
     )
     run.info = _info(run, path, today, proof.difference)
     run.info["seconds"] = previous.get("seconds", 0.0)
-    found = _newest(run)
+    found = _newest(run, back.strict)
     _describe(run, recipe, rules)
     _resume(run, found)
     return run
@@ -176,15 +201,21 @@ def _packs_at_once(previous: dict[str, Any], mesh: Mesh) -> int:
     return began if began % mesh.data_ranks == 0 else mesh.data_ranks
 
 
-def _newest(run: Run) -> Checkpoint | None:
+def _newest(run: Run, strict: bool) -> Checkpoint | None:
     """The newest checkpoint that verifies, if it is of the same data. Rank 0 looks at every byte, for all ranks."""
     parent, mesh = run.saver.storage.parent, run.student.mesh
     found = None
     if mesh.is_first:
         checkpoint.clear_staging(parent)
         found, rejected = checkpoint.newest(parent)
+        if strict and rejected:
+            raise CheckpointError(
+                rejected[0].found, required="the bytes that were written: --strict-resume", where=rejected[0].where,
+                remedy="leave --strict-resume out to continue from "
+                f"{found.path.name if found else 'the beginning'}, or put the file back",
+            )
         for fault in rejected:
-            run.screen.say(fault.found)
+            run.screen.say(f"{fault.found}; using {found.path.name if found else 'no checkpoint'}")
             run.record.event(fault.found)
     name = mesh.share(found.path.name if found else None)  # and nobody saves before the staging of others is cleared
     if name is not None and found is None:
@@ -210,7 +241,7 @@ def _resume(run: Run, found: Checkpoint | None) -> None:
          for key, entry in moments.items() for name in [key.partition(".")[2]]},
     )
     run.record.rewind(found.step)
-    run.done, run.best = found.step, found.state["best"]
+    run.done, run.best, run.skipped = found.step, found.state["best"], found.state.get("skipped", 0)
     run.record.event(f"resumed from step {found.step}", step=found.step)
     run.screen.say(f"resumed from step {found.step} (verified)")
 
@@ -270,21 +301,37 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
     }
 
 
-def _refuse_another_recipe(recipe: Recipe, previous: dict[str, Any], directory: Path) -> None:
-    """A run continues only with the settings that decide its weights unchanged."""
+def _refuse_what_cannot_change(recipe: Recipe, allowed: Sequence[str]) -> None:
+    """--allow-change is for settings that leave weights, moments and the order of the data what they mean."""
+    known = recipes.flat(recipe.model_dump(mode="json"))
+    for key in allowed:
+        if key not in known or not key.startswith(CHANGEABLE) or key in ("optim.name", "batch.examples"):
+            raise ConfigError(
+                f"--allow-change {key}: {'no such setting' if key not in known else 'this cannot change within a run'}",
+                required=f"a setting below {', '.join(CHANGEABLE)} that keeps the moments and the order of the data",
+                where="command line", remedy="set directory=… to start a new run with it",
+            )
+
+
+def _changes(recipe: Recipe, previous: dict[str, Any], directory: Path, allowed: Sequence[str]) -> list[str]:
+    """The allowed changes of settings, as text; others that decide the weights are refused."""
     if not previous:
-        return
+        return []
     old, new = recipes.flat(previous["recipe"]), recipes.flat(recipe.model_dump(mode="json"))
-    changed = [
-        f"{key}: {old.get(key)} → {new.get(key)}" for key in {**old, **new}
+    changed = {
+        key: f"{key}: {old.get(key)} → {new.get(key)}" for key in {**old, **new}
         if old.get(key) != new.get(key) and not key.startswith(HARMLESS)
-    ]
-    if changed:
+    }
+    refused = [key for key in changed if key not in allowed]
+    if refused:
+        words = " ".join(f"--allow-change {key}" for key in refused[:5] if key.startswith(CHANGEABLE))
         raise ConfigError(
-            f"the directory holds a run of another recipe: {'; '.join(changed[:5])}",
+            f"the directory holds a run of another recipe: {'; '.join(changed[key] for key in refused[:5])}",
             required="the recipe the run began with", where=str(directory),
-            remedy="undo the changes to continue it, or set directory=… to start anew",
+            remedy="undo the changes to continue it, or set directory=… to start anew"
+            + (f", or continue with {words}" if words else ""),
         )
+    return [changed[key] for key in changed]
 
 
 def _due(step: int, every: int, steps: int) -> bool:

@@ -59,14 +59,16 @@ def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
             with _NamingRows(run, step):
                 nll, correct = compute_gradient(run.student, step, run.recipe.seed)
             norm = float(run.optimizer.clip())
-            _refuse_non_finite(run, step, nll, norm)
             run.look_at_save()
-            rate = optim.learning_rate(run.recipe.optim, step.index, run.steps)
-            run.optimizer.step(rate)
-            done = time.perf_counter()
-            record = _record(step, nll, correct, norm, rate, done - ticks, loaded - ticks)
-            run.note_step(record)
-            progress.show(record)
+            if math.isfinite(nll) and math.isfinite(norm):
+                rate = optim.learning_rate(run.recipe.optim, step.index, run.steps)
+                run.optimizer.step(rate)
+                done = time.perf_counter()
+                record = _record(step, nll, correct, norm, rate, done - ticks, loaded - ticks)
+                run.note_step(record)
+                progress.show(record)
+            else:
+                _skip_or_stop(run, step, nll, norm)
             run.look(step.index)
             asked = mesh.any(stop.asked)  # one process's word for all: they stop after the same step
             if run.save_is_due(step.index, asked=asked):
@@ -142,17 +144,25 @@ def _drawn(planned: PlannedStep) -> str:
     return hashlib.sha256(np.asarray(drawn, dtype=np.int64).tobytes()).hexdigest()[:12]
 
 
-def _refuse_non_finite(run: Run, step: Step, loss: float, norm: float) -> None:
-    """Stop before the update where the loss or the gradient is not a number."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
+def _skip_or_stop(run: Run, step: Step, loss: float, norm: float) -> None:
+    """Loss or gradient is no number: leave the update out where that is allowed once more, else stop before it.
+
+    Both numbers are sums over all processes, so all of them come here, in the same step.
+    """
     rows = [str(run.store[index].origin) for pack in step.planned.packs for index in pack]
     _write_bad_step(run, step, loss, norm, rows)
+    allowed = run.recipe.train.skips
+    if run.skipped < allowed:
+        run.optimizer.forget()
+        run.note_skipped(step.index, loss, norm)
+        return
+    before = f" after {run.skipped} that were skipped" if run.skipped else ""
     raise NonFiniteError(
-        f"step {step.index} has the loss {loss} and a gradient of norm {norm}",
+        f"step {step.index} has the loss {loss} and a gradient of norm {norm}{before}",
         required="finite numbers; nothing was updated and the last checkpoint is sound",
         where=f"{run.record.directory / 'bad_step.json'} lists its {len(rows)} examples",
-        remedy="lower optim.learning_rate, lengthen optim.warmup, or look at these rows",
+        remedy=f"`schoolhouse replay {run.record.directory}`; look at these rows, lower optim.learning_rate, "
+        f"or set train.on_nonfinite=skip:{allowed + 3}",
     )
 
 

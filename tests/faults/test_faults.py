@@ -50,7 +50,7 @@ def newest(run: Path) -> Path:
 # Damaged checkpoints.
 
 
-def test_without_a_whole_checkpoint_it_begins_again(run: Path, page: Path, whole: Path) -> None:
+def test_f6_without_a_whole_checkpoint_it_begins_again(run: Path, page: Path, whole: Path) -> None:
     """All damaged, a staging directory left: exit 0, the same result, and no secret of the environment in any file."""
     for path in checkpoint.steps_in(run / "checkpoints"):
         (path / "index.json").unlink()
@@ -62,23 +62,62 @@ def test_without_a_whole_checkpoint_it_begins_again(run: Path, page: Path, whole
     assert [name for name, secret in SECRETS.items() if secret in told] == []
 
 
-def test_a_damaged_checkpoint_is_named_and_an_earlier_one_used(run: Path, page: Path, whole: Path) -> None:
+def test_f5_a_damaged_checkpoint_is_named_and_an_earlier_one_used(run: Path, page: Path, whole: Path) -> None:
     """Also where the last line of each record is torn: the run falls back to what is whole, and ends as it would."""
     for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl"):
         content = (run / name).read_text(encoding="utf-8")
         (run / name).write_text(content.rstrip("\n")[:-7], encoding="utf-8")
     flip(newest(run) / "weights-00000.safetensors")
     said = program("run", page, f"directory={run}").stderr
-    assert "checkpoint step-00000008 rejected: weights-00000.safetensors sha256 mismatch" in said
+    assert "checkpoint step-00000008 rejected: weights-00000.safetensors sha256 mismatch; using step-00000006" in said
     assert "resumed from step 6 (verified)" in said
     check_same(run, whole)
     assert all(event["event"] for event in records(run, "events.jsonl"))
 
 
+def test_f5_strict_resume_refuses_what_is_damaged(
+    run: Path, page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 6 with the file, and nothing trained or removed."""
+    flip(newest(run) / "optimizer-00000.safetensors")
+    before = (run / "metrics.jsonl").read_bytes(), sorted((run / "checkpoints").rglob("*"))
+    here("run", page, f"directory={run}", "--strict-resume", code=6)
+    said = capsys.readouterr().err
+    assert "step-00000008 rejected: optimizer-00000.safetensors sha256 mismatch" in said
+    assert "to continue from step-00000006" in said and len(said.partition("error: ")[2].splitlines()) <= 6
+    assert ((run / "metrics.jsonl").read_bytes(), sorted((run / "checkpoints").rglob("*"))) == before
+
+
+# Another configuration.
+
+
+def test_f7_what_decides_the_weights_changes_only_by_name(
+    run: Path, page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 2 with old, new and the way; with it the run goes on, again and again, and says so in its events."""
+    change = ("optim.learning_rate=1e-4", "train.steps=10")
+    here("run", page, f"directory={run}", *change, code=2)
+    said = capsys.readouterr().err
+    assert "optim.learning_rate: 0.003 → 0.0001" in said and "train.steps: 8 → 10" in said
+    assert "--allow-change train.steps --allow-change optim.learning_rate" in said and "Traceback" not in said
+    allowed = ("--allow-change", "optim.learning_rate", "--allow-change", "train.steps")
+    here("run", page, f"directory={run}", *change, *allowed)
+    assert last_step(run) == 10
+    told = [event["change"] for event in records(run, "events.jsonl") if event["event"] == "setting changed"]
+    assert told == ["train.steps: 8 → 10", "optim.learning_rate: 0.003 → 0.0001"]
+    here("run", page, f"directory={run}", *change, "checkpoint.keep=1", *allowed)
+
+
+@pytest.mark.parametrize("key", ["batch.examples", "optim.name", "seed", "data.limit", "optim.lr"])
+def test_f7_what_gives_the_moments_their_meaning_cannot_change(key: str, page: Path, tmp_path: Path, capsys) -> None:
+    here("run", page, f"directory={tmp_path / 'run'}", "--allow-change", key, code=2)
+    assert f"--allow-change {key}" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 # Disks.
 
 
-def test_a_full_disk_stops_the_run_and_costs_nothing(run: Path, page: Path, whole: Path) -> None:
+def test_f3_a_full_disk_stops_the_run_and_costs_nothing(run: Path, page: Path, whole: Path) -> None:
     """Files may not grow beyond 20 KiB: exit 6 with what to do, earlier checkpoints whole; with room it goes on."""
     shutil.rmtree(newest(run))
     done = program("run", page, f"directory={run}", code=6, preexec_fn=little_room)
@@ -95,7 +134,7 @@ def little_room() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 10, 20 << 10))
 
 
-def test_a_directory_that_cannot_be_made_is_refused_at_once(
+def test_f4_a_directory_that_cannot_be_made_is_refused_at_once(
     page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before the model is looked for: exit 6, and the place by name."""
@@ -104,7 +143,7 @@ def test_a_directory_that_cannot_be_made_is_refused_at_once(
     assert str(tmp_path / "file" / "run") in capsys.readouterr().err
 
 
-def test_a_directory_that_vanishes_is_said(page: Path, tmp_path: Path) -> None:
+def test_f4_a_directory_that_vanishes_is_said(page: Path, tmp_path: Path) -> None:
     """Moved away under a run: exit 6 in a few lines, neither a traceback nor a new directory without its records."""
     with started("run", page, f"directory={tmp_path / 'run'}", "train.steps=20") as process:
         process.wait_for_step(tmp_path / "run", 2)
@@ -116,7 +155,7 @@ def test_a_directory_that_vanishes_is_said(page: Path, tmp_path: Path) -> None:
 # Two at once.
 
 
-def test_a_second_process_is_refused_until_the_first_is_dead(page: Path, tmp_path: Path) -> None:
+def test_f9_a_second_process_is_refused_until_the_first_is_dead(page: Path, tmp_path: Path) -> None:
     """Exit 2 with the first one's number, and nothing touched; after `kill -9` the directory is free by itself."""
     run = tmp_path / "run"
     with started("run", page, f"directory={run}") as first:
@@ -134,7 +173,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(page: Path, tmp_pat
 # Numbers.
 
 
-def test_a_loss_that_is_no_number_stops_before_the_update(
+def test_f11_a_loss_that_is_no_number_stops_before_the_update(
     page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit 4 with the step's rows in a file; the checkpoints there are hold numbers only."""
@@ -150,3 +189,41 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     assert found is not None and rejected == []
     for kind in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
         assert all(bool(torch.isfinite(one).all()) for one in found.tensors(kind).values())
+
+
+WILD = ("optim.learning_rate=1e30", "optim.warmup=0", "checkpoint.every=1", "exam.data=null", "exam.every=0",
+        "validation.every=0", "data.validation=null")
+"""After one step the weights are so large that nothing is finite."""
+
+
+def test_f11_updates_are_left_out_as_often_as_allowed_and_the_step_is_replayed(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three are skipped, counted over a resume, and leave the weights as they were; the fourth is exit 4."""
+    run = tmp_path / "run"
+    here("run", page, f"directory={run}", *WILD, "train.on_nonfinite=skip:3", code=4)
+    assert "after 3 that were skipped" in capsys.readouterr().err
+    first = last_step(run)
+    skipped = [record["step"] for record in records(run, "metrics.jsonl") if record["kind"] == "skipped"]
+    assert skipped == [first + 1, first + 2, first + 3] and (run / "report.html").is_file()
+    found, rejected = checkpoint.newest(run / "checkpoints")
+    assert found.step == first + 3 and found.state["skipped"] == 3 and rejected == []
+    assert all(bool(torch.isfinite(one).all()) for one in found.tensors(checkpoint.WEIGHTS).values())
+    here("run", page, f"directory={run}", *WILD, "train.on_nonfinite=skip:3", code=4)
+    assert "after 3 that were skipped" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    here("replay", run)
+    said = capsys.readouterr().out
+    assert f"{json.loads((run / 'bad_step.json').read_text())['grad_norm']} (reproduced)" in said
+    assert "NOT FINITE" in said and "starter/arithmetic:" in said
+    assert before == {path: path.read_bytes() for path in before}
+    (run / "bad_step.json").unlink()
+    here("replay", run, code=2)
+
+
+def test_f11_two_processes_stop_before_the_same_update(page: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = program("run", page, f"directory={run}", *WILD, "--nproc", "2", code=4)
+    assert "bad_step.json" in done.stderr and json.loads((run / "bad_step.json").read_text())["step"] >= 2
+    found, rejected = checkpoint.newest(run / "checkpoints")
+    assert found.step == last_step(run) and rejected == []
