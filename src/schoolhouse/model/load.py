@@ -109,6 +109,7 @@ def load(
     if sight.sees(model):
         sight.prepare(model)
     sight.freeze(model, settings.freeze)
+    families.refuse(model)
     if adapters is not None:
         lora.inject(model, adapters)
     model.to(place).train()

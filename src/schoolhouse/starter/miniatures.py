@@ -20,7 +20,8 @@ _LATENT = {  # latent attention, and a mixture of experts behind one dense layer
 _LAYERS = ["sliding_attention", "full_attention"]
 
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
-    "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 7}, "seed_oss": {},
+    "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 7},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "gemma": {"num_key_value_heads": 1, "hidden_activation": "gelu_pytorch_tanh"},
     "gemma2": {
         "sliding_window": 7, "query_pre_attn_scalar": 16, "final_logit_softcapping": 30.0,

@@ -1,0 +1,92 @@
+"""Every architecture, full and with LoRA: loss and gradient of packs equal the plain loop's, to 1e-9 in float64.
+
+The plain loop is transformers' own forward, so whatever hides in a family (soft-capping, sliding windows, sinks, latent
+attention, experts, scaled embeddings) is either honoured or shows here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_invariance import PACKS, a_step, check_equal, examples
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from schoolhouse import train
+from schoolhouse.config import Lora
+from schoolhouse.errors import ModelError
+from schoolhouse.model import attention, families, load, lora
+from schoolhouse.model.load import Student
+from schoolhouse.starter import miniatures
+
+MIXTURES = ("qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+LATENT = ("deepseek_v2", "deepseek_v3")
+
+
+def student(family: str, settings: Lora | None = None, **changes: object) -> Student:
+    """A miniature in float64 with weights large enough that every term of the gradient counts."""
+    attention.register()
+    config = AutoConfig.for_model(**miniatures.settings(family, 97, **changes))
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).double().train()
+    if family in MIXTURES:
+        model.set_experts_implementation("eager")  # the grouped product knows no float64
+    if settings is not None:
+        lora.inject(model, settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.ndim == 1 else 0.0))
+    return Student(model)
+
+
+def adapters(family: str) -> Lora:
+    return Lora(rank=3, alpha=4.0, experts=True if family in MIXTURES else None)
+
+
+@pytest.mark.parametrize("way", ["full", "lora"])
+@pytest.mark.parametrize("family", miniatures.ARCHITECTURES)
+def test_every_architecture(family: str, way: str) -> None:
+    rows = examples("fractional", number=8, seed=3)
+    check_equal(student(family, adapters(family) if way == "lora" else None), rows, PACKS["planned"](rows))
+
+
+@pytest.mark.parametrize("settings", [
+    Lora(rank=3, dora=True), Lora(rank=3, rslora=True), Lora(rank=3, targets=("q_proj", "embed_tokens")),
+    Lora(rank=3, modules_to_save=("embed_tokens", "lm_head")),
+], ids=["dora", "rslora", "embedding", "whole"])
+def test_other_ways_to_adapt(settings: Lora) -> None:
+    rows = examples("whole", number=8, seed=4)
+    check_equal(student("qwen3", settings, tie_word_embeddings=False), rows, PACKS["planned"](rows))
+
+
+def test_a_tied_embedding_trained_whole() -> None:
+    """Beside adapters, both of its uses add to one gradient."""
+    rows = examples("whole", number=8, seed=5)
+    one = student("qwen3", Lora(rank=3, modules_to_save=("embed_tokens",)), tie_word_embeddings=True)
+    check_equal(one, rows, PACKS["planned"](rows))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_adapters_and_activation_checkpointing_change_no_bit(family: str) -> None:
+    rows, plain, again = examples("whole", number=8, seed=6), student(family, adapters(family))
+    again = student(family, adapters(family))
+    load.checkpoint_activations(again.model)
+    step = a_step(rows, PACKS["planned"](rows))
+    assert train.compute_gradient(plain, step, seed=0) == train.compute_gradient(again, step, seed=0)
+    gradients = {name: parameter.grad for name, parameter in plain.model.named_parameters() if parameter.requires_grad}
+    found = {name: one.grad for name, one in again.model.named_parameters() if one.requires_grad}
+    assert all(torch.equal(gradients[name], one) for name, one in found.items())
+
+
+@pytest.mark.parametrize("family", miniatures.ARCHITECTURES)
+def test_every_architecture_is_proved(family: str) -> None:
+    """The check before the first step accepts each of them, in float32, with its adapters in place."""
+    one = student(family, adapters(family))
+    one.model.float()
+    assert load.prove(one) < 2e-5
+
+
+def test_a_balance_loss_is_refused_by_name() -> None:
+    """A mixture whose configuration asks for the auxiliary loss would be trained without it."""
+    with pytest.raises(ModelError, match="router_aux_loss_coef"):
+        families.refuse(student("qwen3_moe", output_router_logits=True).model)
+    families.refuse(student("qwen3_moe").model)
