@@ -67,7 +67,7 @@ def test_a_tied_embedding_trained_whole() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_adapters_and_activation_checkpointing_change_no_bit(family: str) -> None:
-    rows, plain, again = examples("whole", number=8, seed=6), student(family, adapters(family))
+    rows, plain = examples("whole", number=8, seed=6), student(family, adapters(family))
     again = student(family, adapters(family))
     load.checkpoint_activations(again.model)
     step = a_step(rows, PACKS["planned"](rows))
