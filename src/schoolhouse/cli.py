@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = _with_recipe(commands, "run", "train; continues by itself where the directory holds an unfinished run")
+    run.add_argument("--rehearse", action="store_true", help="the whole way in miniature, on a CPU, without a network")
     _nproc(run)
     run.add_argument("--allow-change", action="append", default=[], metavar="KEY",
                      help="continue although this setting differs from the one the run began with")

@@ -27,6 +27,8 @@ EXAMPLES = Path("examples/sft")
 
 def run(options: Namespace) -> None:
     """Train, and write the report at the end, whichever end it is."""
+    if options.rehearse:
+        return _rehearse(options)
     stop = StopRequest()
     recipe = recipes.read(options.recipe, options.overrides)
     with _joined(options, recipe) as mesh:
@@ -53,6 +55,37 @@ def _joined(options: Namespace, recipe: Recipe) -> Iterator[Mesh]:
         yield mesh
     launch.depart()
     meshes.leave(mesh)
+
+
+def _rehearse(options: Namespace) -> None:
+    """Every stage of a recipe in miniature: check, show, train, stop, resume, exam, export."""
+    from schoolhouse import rehearsal, trained
+
+    recipe = recipes.read(options.recipe, options.overrides)
+    planned = rehearsal.prepare(recipe, Path(options.recipe), options.nproc)
+    page = str(planned.page)
+    print("rehearsal:", *planned.changes, sep="\n  ")
+    said = {"recipe": page, "overrides": [], "rehearse": False, "words": ["run", page]}
+    again = Namespace(**{**vars(options), **said, "json": False, "html": None, "rows": "0:1"})
+    check(again)
+    show(again)
+    _run_to_its_end(again)
+    rehearsal.forget_the_last_half(planned.directory)
+    _run_to_its_end(again)
+    rehearsal.compare_halves(planned.directory)
+    for merge in (False, True) if recipe.lora else (False,):
+        out, proof = trained.export_run(planned.directory, None, None, merge)
+        print(f"exported and verified: {out} ({proof})")
+    print(f"rehearsed: check, show, {rehearsal.STEPS} steps, resumed bit by bit, export; see {planned.directory}")
+
+
+def _run_to_its_end(options: Namespace) -> None:
+    """`run`, also where it starts processes of its own and would end this one with theirs."""
+    try:
+        run(options)
+    except SystemExit as ended:
+        if ended.code:
+            raise
 
 
 def _train(recipe: Recipe, options: Namespace, stop: StopRequest, mesh: Mesh) -> None:

@@ -144,6 +144,9 @@ class Model(Section):
     activation_checkpointing: Switch = False
     """Keep only the input of each block and compute it again in backward: less memory, about a third more time."""
 
+    liger: Switch = False
+    """Liger's fused kernels for norms, rotary positions and gated layers; CUDA and `schoolhouse[liger]`."""
+
 
 class Lora(Section):
     """Low-rank adapters beside frozen weights, through PEFT; without this section the whole model is trained."""

@@ -15,7 +15,7 @@ from schoolhouse.config import Lora, Model
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
-from schoolhouse.model import attention, families, lora, sight
+from schoolhouse.model import attention, families, kernels, lora, sight
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
 from schoolhouse.types import LossSum, MicroBatch, Vision
@@ -112,6 +112,8 @@ def load(
     families.refuse(model)
     if adapters is not None:
         lora.inject(model, adapters)
+    if settings.liger:
+        kernels.fuse(model, place)
     model.to(place).train()
     if settings.activation_checkpointing:
         checkpoint_activations(model)

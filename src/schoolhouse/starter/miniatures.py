@@ -37,7 +37,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
 
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
-MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+MODELS: Mapping[str, str | tuple[str, Mapping[str, Any]]] = {
     "deepseek-ai/deepseek-coder-6.7b-instruct": ("llama", _UNTIED),
     "google/gemma-2b-it": ("gemma", _TIED),
     "google/gemma-1.1-7b-it": ("gemma", _TIED),
@@ -51,7 +51,8 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ByteDance-Seed/Seed-OSS-36B-Instruct": ("seed_oss", _UNTIED),
     "deepseek-ai/DeepSeek-V2-Lite-Chat": ("deepseek_v2", {**_UNTIED, "q_lora_rank": None}),
 }
-"""The architecture of the models that the recipes name, for machines that the hub is out of reach of."""
+"""The architecture of the models that the recipes name, or the starter student that stands for one, for machines that
+the hub is out of reach of."""
 
 
 def settings(model_type: str, vocabulary: int, **changes: Any) -> dict[str, Any]:
