@@ -37,6 +37,8 @@ class Trained:
 
     weights: Mapping[str, Tensor]
     lora: Lora | None
+    frozen: tuple[str, ...] = ()
+    """`model.freeze`: adapters stand beside nothing in these parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def publish(staging: Path, out: Path, proof: str) -> None:
 
 def write_model(base: Path, trained: Trained, served: Served, place: Path) -> None:
     """The whole model, adapters merged; about one file's tensors are in memory at once."""
-    skeleton = load.skeleton(base, trained.lora)
+    skeleton = load.skeleton(base, trained.lora, trained.frozen)
     adapters = {one.tensor: one for one in lora.adapted(skeleton)} if trained.lora else {}
     pieces = _pieces(base, skeleton)
     changed = {name for name in trained.weights if "lora_" not in name} | set(adapters)
@@ -90,7 +92,7 @@ def write_model(base: Path, trained: Trained, served: Served, place: Path) -> No
 
 def write_adapter(base: Path, name: str, revision: str | None, trained: Trained, served: Served, place: Path) -> None:
     """The adapter alone as PEFT saves it, for the base model `name` (a hub id or a directory)."""
-    model = load.skeleton(base, None)
+    model = load.skeleton(base, None, trained.frozen)
     configuration = lora.config(model, trained.lora, name)
     configuration.revision, configuration.inference_mode = revision, True
     configuration.save_pretrained(place)

@@ -95,6 +95,7 @@ def _same_layout(base: Path, place: Path) -> None:
 def _reference(base: Path, trained: Trained) -> PreTrainedModel:
     """What was trained, in the number format of the base's files."""
     model = load.plain(base)
+    sight.freeze(model, trained.frozen)
     if trained.lora is not None:
         lora.inject(model, trained.lora)
     export.put_weights(model, trained.weights)

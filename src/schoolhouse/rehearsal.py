@@ -6,6 +6,7 @@ fit the processes at hand). Nothing is fetched from a network.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -206,19 +207,17 @@ def _source(recipe: Recipe, source: Source, use: str, place: Path, seeing: bool)
     if local:
         return {**values, "limit": _ROWS[use]}
     split = {"train": "train", "validation": "validation", "exam": "exam"}[use]
-    if seeing:
-        return {"path": f"starter/sights:{split}", "limit": _ROWS[use]}
     own = Rows(**{name: getattr(source, name) for name in Rows.model_fields})
     rows = own if own != Rows() else Rows(**{name: getattr(recipe.data, name) for name in Rows.model_fields})
     file = place / f"{use}-{len(list(place.glob(f'{use}-*')))}.jsonl"
-    made = islice(_made(rows, split), _ROWS[use])
+    made = islice(_made(rows, split, seeing), _ROWS[use])
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
     return {**values, "path": str(file), "limit": None}
 
 
-def _made(rows: Rows, split: str) -> Iterator[dict[str, Any]]:
-    """Rows of the starter lesson in the columns that the recipe's row settings read."""
-    for made in lessons.rows("arithmetic", split):
+def _made(rows: Rows, split: str, seeing: bool) -> Iterator[dict[str, Any]]:
+    """Rows of a starter lesson in the columns that the recipe's row settings read."""
+    for made in lessons.rows("sights" if seeing else "arithmetic", split):
         question, answer = made["question"], made["answer"]
         row: dict[str, Any] = {}
         for message in rows.messages or ():
@@ -227,7 +226,11 @@ def _made(rows: Rows, split: str) -> Iterator[dict[str, Any]]:
                 _put(row, field, text)
         for name, field in (rows.columns or {}).items():
             _put(row, field, _turns(question, answer) if name == "messages" else _text(name, question, answer))
-        yield row or _plain(rows.format, question, answer)
+        row = row or _plain(rows.format, question, answer)
+        if seeing:
+            picture = base64.b64encode(made["image"]["bytes"]).decode()
+            _put(row, (rows.columns or {}).get("image", "image"), f"data:image/png;base64,{picture}")
+        yield row
 
 
 def _plain(form: str | None, question: str, answer: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def export_run(directory: Path, out: str | None, step: int | None, merge: bool =
     base = places.model_directory(recipe.model.path, recipe.model.revision)
     model = served.load(served.serving(recipe.model, base))
     place = Path(out) if out else directory / ("merged" if merge else "export")
-    trained = Trained(found.tensors(checkpoint.WEIGHTS), recipe.lora)
+    trained = Trained(found.tensors(checkpoint.WEIGHTS), recipe.lora, recipe.model.freeze)
     staging = exporting.staged(place)
     if recipe.lora is None or merge:
         exporting.write_model(base, trained, model, staging)

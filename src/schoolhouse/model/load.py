@@ -127,11 +127,12 @@ def plain(directory: Path) -> PreTrainedModel:
     )
 
 
-def skeleton(directory: Path, adapters: Lora | None) -> PreTrainedModel:
+def skeleton(directory: Path, adapters: Lora | None, frozen: tuple[str, ...] = ()) -> PreTrainedModel:
     """The model of a directory without its weights: names and shapes only, on the device `meta`."""
     with torch.device("meta"):
         configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model = sight.loader(directory).from_config(configuration, trust_remote_code=False)
+        sight.freeze(model, frozen)
         if adapters is not None:
             lora.inject(model, adapters)
     return model

@@ -49,6 +49,8 @@ MODELS: Mapping[str, str | tuple[str, Mapping[str, Any]]] = {
     "Qwen/Qwen3-8B": ("qwen3", _UNTIED),
     "Qwen/Qwen3-30B-A3B": ("qwen3_moe", _UNTIED),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": ("seed_oss", _UNTIED),
+    "Qwen/Qwen3-VL-2B-Instruct": "starter/qwen3-vl",
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": "starter/qwen3-vl",
     "deepseek-ai/DeepSeek-V2-Lite-Chat": ("deepseek_v2", {**_UNTIED, "q_lora_rank": None}),
 }
 """The architecture of the models that the recipes name, or the starter student that stands for one, for machines that
