@@ -22,7 +22,7 @@ from schoolhouse.checkpoint import OPTIMIZER, WEIGHTS, Checkpoint
 from schoolhouse.errors import CheckpointError
 from schoolhouse.saving import Saver, Storage
 
-FLIPS = 64
+FLIPS = 200
 STATE = {"position": {"epoch": 1, "step": 3}, "best": None, "data": "print", "steps": 9}
 TENSORS = {"weights-00000.safetensors", "optimizer-00000.safetensors"}
 FILES = {*TENSORS, "index.json", "manifest.json", "recipe.yaml", "state.json"}

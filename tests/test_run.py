@@ -431,7 +431,7 @@ def test_each_setting_that_decides_is_compared(run: Path, recipe: Recipe, change
     previous = json.loads((run / "run.json").read_text(encoding="utf-8"))
     other = Recipe.model_validate({**recipe.model_dump(), **changed})
     with pytest.raises(ConfigError) as caught:
-        runs._refuse_another_recipe(other, previous, run)
+        runs._changes(other, previous, run, allowed=())
     assert shown in caught.value.found
 
 
@@ -445,7 +445,7 @@ def test_harmless_settings_may_change(run: Path, recipe: Recipe, changed: dict[s
     values = recipe.model_dump()
     for name, value in changed.items():
         values[name] = {**values[name], **value} if isinstance(value, dict) else value
-    runs._refuse_another_recipe(Recipe.model_validate(values), previous, run)
+    assert runs._changes(Recipe.model_validate(values), previous, run, allowed=()) == []
 
 
 def test_changed_rows_are_refused(tmp_path: Path) -> None:

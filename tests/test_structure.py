@@ -27,7 +27,7 @@ LAYERS = (
     ("data", "parallel"),
     ("loss", "model", "optim", "graders", "memory", "stopping"),
     ("checkpoint", "saving", "evaluate", "record", "screen", "overview", "export", "proof", "report"),
-    ("run", "trained", "rehearsal", "talk", "train", "replay", "jobs", "selfcheck"),
+    ("run", "fitting", "trained", "rehearsal", "talk", "train", "replay", "jobs", "selfcheck"),
     ("commands", "cli", "__main__"),
 )
 """A part imports from its own layer and those before it."""

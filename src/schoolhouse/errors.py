@@ -59,6 +59,12 @@ class MeshError(ConfigError):
     """The processes cannot be laid out as the recipe asks, or the layout cannot work for this model."""
 
 
+class MemoryFault(SchoolhouseError):
+    """What the recipe asks for does not fit the memory."""
+
+    exit_code = 5
+
+
 class PeerError(SchoolhouseError):
     """Another process of the run died or hangs."""
 

@@ -78,6 +78,12 @@ class Optimizer:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
 
+    def begin_again(self) -> None:
+        """Drop gradients and moments, as before the first step."""
+        self.forget()
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+
     def step(self, learning_rate: float) -> None:
         """One update; gradients are gone afterwards."""
         for optimizer in self._optimizers:

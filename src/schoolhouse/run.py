@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import schoolhouse
-from schoolhouse import checkpoint, evaluate, graders, optim, overview, places, saving
+from schoolhouse import checkpoint, evaluate, fitting, graders, optim, overview, places, saving
 from schoolhouse import recipe as recipes
 from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Recipe
@@ -188,6 +188,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     run.info["seconds"] = previous.get("seconds", 0.0)
     found = _newest(run, back.strict)
     _describe(run, recipe, rules)
+    fitting.refuse_too_large(student, optimizer, store, plan, model.sight)
     _resume(run, found)
     return run
 
