@@ -137,6 +137,30 @@ def test_ls_lists_the_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         assert f"{path.relative_to(ROOT)} " in said and recipes.read(path).model.path in said
 
 
+@pytest.mark.parametrize(("page", "way", "memory"), [
+    ("", "full", ""),
+    ("lora: {rank: 4}\n", "LoRA r4", "Memory: 0.5 G x 2 bytes, one device of 8 GiB"),
+    ("parallel: {ulysses: 2}\n", "full SP2", "Memory of each device: 9 GiB"),
+    ("model: {path: starter/qwen3-vl, freeze: [vision]}\n", "all but vision", ""),
+])
+def test_ls_says_the_way_and_the_memory(
+    page: str, way: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The way is read from the settings; memory is the first sentence about it in the comment above, on one line."""
+    monkeypatch.chdir(tmp_path)
+    words = f"{memory}. More." if memory else "No word of it."
+    above = "".join(f"# {word}\n" for word in words.split())
+    model = "" if "model:" in page else "model: starter/qwen3\n"
+    place = tmp_path / "examples" / "sft" / "some" / "one.yaml"
+    place.parent.mkdir(parents=True)
+    place.write_text(above + model + page + "data: starter/arithmetic\n# Memory: no.\n")
+    here("ls")
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert f" {way} " in first and "starter/arithmetic" in first
+    assert [line.strip() for line in rest] == ([memory] if memory else [])
+
+
 def test_ls_says_where_there_is_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -254,13 +256,33 @@ def job(options: Namespace) -> None:
 
 
 def ls(options: Namespace) -> None:
-    """List the recipes below `examples/sft`, with who is taught what."""
+    """List the recipes below `examples/sft`, with who is taught what, the way, and the memory that it needs."""
     found = sorted(EXAMPLES.glob("*/*.yaml"))
     if not found:
         print(f"no recipes below {EXAMPLES}: call this in the project's directory", file=sys.stderr)
     for path in found:
         one = recipes.read(path)
-        print(f"{path!s:48} {one.model.path:36} {', '.join(source.path for source in one.data.train)}")
+        lessons = ", ".join(source.path for source in one.data.train)
+        print(f"{path!s:48} {one.model.path:36} {_way(one):16} {lessons}")
+        if needed := _memory(path.read_text(encoding="utf-8")):
+            print(f"    {needed}")
+
+
+def _way(recipe: Recipe) -> str:
+    """What is trained, over how many processes a conversation is split, and with whose kernels: `LoRA r32 SP2`."""
+    way = f"all but {'+'.join(recipe.model.freeze)}" if recipe.model.freeze else "full"
+    if recipe.lora is not None:
+        way = f"LoRA r{recipe.lora.rank}"
+    split = f" SP{recipe.parallel.ulysses}" if recipe.parallel.ulysses > 1 else ""
+    return f"{way}{split}{' Liger' if recipe.model.liger else ''}"
+
+
+def _memory(page: str) -> str:
+    """The first sentence about memory in the comment above a recipe; empty where nothing is said."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), page.splitlines())
+    text = " ".join(line.lstrip("# ") for line in comment)
+    found = re.search(r"Memory\b.*?\.(?= |$)", text)
+    return found.group().removesuffix(".") if found else ""
 
 
 def new(options: Namespace) -> None:
