@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,15 @@ def test_a_model_that_sees_nothing_refuses_images() -> None:
     blind = served.load(served.serving(Model(path="starter/qwen3"), places.model_directory("starter/qwen3")))
     with pytest.raises(DataError, match="the model sees none"):
         prompt(blind, {"question": "hue?", "answer": "red", "image": RED})
+
+
+def test_gemma_3_is_refused_by_name() -> None:
+    """Its image tokens attend both ways, which packs do not do."""
+    blind = served.load(served.serving(Model(path="starter/qwen3"), places.model_directory("starter/qwen3")))
+    gemma = replace(blind, family="gemma3")
+    with pytest.raises(DataError, match="gemma3") as caught:
+        prompt(gemma, {"question": "hue?", "answer": "red", "image": RED})
+    assert "qwen3_vl" in caught.value.required
 
 
 def test_a_row_without_images_is_read_as_before() -> None:

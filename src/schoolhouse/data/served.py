@@ -58,6 +58,8 @@ class Served:
     """The number of the model's embeddings, where its configuration tells it."""
     sight: Sight | None = None
     """How the model sees; None for one that does not."""
+    family: str | None = None
+    """What the model's configuration calls its architecture."""
 
     def prompt(self, conversation: Conversation, messages: int) -> str:
         """The text shown before the assistant writes message number `messages` (counted from 0)."""
@@ -67,7 +69,7 @@ class Served:
         """That text with a place for each visual token, and the images it shows."""
         text = self.template.script(conversation).prompt(messages)
         if self.sight is None:
-            vision.blind(conversation)
+            vision.blind(conversation, self.family)
             return text, ()
         return self.sight.prompt(text, conversation.messages[:messages], str(conversation.origin))
 
@@ -78,7 +80,7 @@ class Served:
     def to_turns(self, conversation: Conversation, supervise: turns.Supervise) -> tuple[Turn, ...]:
         """The supervised turns of a conversation."""
         if self.sight is None:
-            vision.blind(conversation)
+            vision.blind(conversation, self.family)
         written = turns.to_turns(conversation, self.template, self.stops, supervise)
         if self.sight is None:
             return written
@@ -178,7 +180,8 @@ def _load(serving: Serving, _stamps: tuple) -> Served:
     stops = tokens.stop_tokens(serving.directory, tokenizer, serving.stop_tokens)
     template = compile_template(source, variables, serving.today)
     sight = vision.sight(serving.directory, tokenizer, serving.image_tokens)
-    return Served(tokenizer, template, stops, tokens.vocabulary(serving.directory), sight)
+    vocabulary, family = tokens.vocabulary(serving.directory), vision.model_type(serving.directory)
+    return Served(tokenizer, template, stops, vocabulary, sight, family)
 
 
 def _verdict(taught: Sequence[Turn], examples: int) -> Verdict:

@@ -45,10 +45,6 @@ class Family:
     """Visual tokens have positions in time, height and width; else they count on like text."""
     visual: str
     """The token of each visual place."""
-    before: str = ""
-    """What the processor writes before the visual tokens of an image."""
-    after: str = ""
-    """What it writes behind them."""
 
 
 _QWEN = Family("<|image_pad|>", placed_by_grid=True, visual="<|image_pad|>")
@@ -69,18 +65,14 @@ class Sight:
     processor: BaseImageProcessor
     token: int
     """The id of the token in every visual place."""
-    fixed_tokens: int | None = None
-    """Tokens of an image of any size, for a family that resizes all to one."""
 
     @property
     def merge(self) -> int:
         """Patches that become one token, along height and along width."""
-        return 1 if self.fixed_tokens else self.processor.merge_size
+        return self.processor.merge_size
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Patches in time, height and width of an image of this height and width, without its pixels."""
-        if self.fixed_tokens:
-            return 1, 1, self.fixed_tokens
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         patch, limits = self.processor.patch_size, self.processor.size
@@ -97,7 +89,7 @@ class Sight:
         return Picture(raw.path, b"" if raw.path else raw.encoded, raw.digest, raw.size, grid, tokens)
 
     def pixels(self, picture: Picture, where: str) -> np.ndarray:
-        """f32[patches, …] or f32[1, 3, height, width]: the decoded image as the model's processor gives it."""
+        """f32[patches, …]: the decoded image as the model's processor gives it."""
         image = pictures.decode(encoded(picture, where), where)
         made = self.processor(images=[image], input_data_format="channels_last", return_tensors="np")
         grid = tuple(made["image_grid_thw"][0].tolist()) if "image_grid_thw" in made else picture.grid
@@ -106,27 +98,20 @@ class Sight:
 
     def blank(self) -> np.ndarray:
         """The pixels of the smallest image, all zero: what a micro-batch without images shows its vision tower."""
-        if self.fixed_tokens:
-            size = self.processor.size
-            return np.zeros((1, 3, size["height"], size["width"]), dtype=np.float32)
         patch = self.processor.patch_size**2 * self.processor.temporal_patch_size * 3
         return np.zeros((self.merge**2, patch), dtype=np.float32)
 
     def trial(self) -> tuple[np.ndarray, tuple[int, int, int], int]:
         """Pixels, grid and tokens of a small made-up image, wider than high, to compare two ways through a model."""
-        blank = self.blank()
-        if self.fixed_tokens:
-            grid, shape = self.blank_grid, blank.shape
-        else:
-            grid = (1, 2 * self.merge, 3 * self.merge)
-            shape = (grid[1] * grid[2], blank.shape[1])
+        grid = (1, 2 * self.merge, 3 * self.merge)
+        shape = (grid[1] * grid[2], self.blank().shape[1])
         made = np.sin(np.arange(np.prod(shape), dtype=np.float64) * 0.7).astype(np.float32).reshape(shape)
         return made, grid, grid[0] * grid[1] * grid[2] // self.merge**2
 
     @property
     def blank_grid(self) -> tuple[int, int, int]:
         """The grid of `blank`."""
-        return (1, 1, self.fixed_tokens) if self.fixed_tokens else (1, self.merge, self.merge)
+        return 1, self.merge, self.merge
 
     def positions(self, ids: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> np.ndarray:
         """i64[3, T]: the positions of an example in time, height and width.
@@ -168,7 +153,7 @@ class Sight:
         strange = family.visual != family.placeholder and family.visual in text
         if len(pieces) - 1 != len(images) or strange:
             raise _astray(f"the text has {len(pieces) - 1} places for {len(images)} images", where)
-        places = [f"{family.before}{family.visual * picture.tokens}{family.after}" for picture in images]
+        places = [family.visual * picture.tokens for picture in images]
         return "".join(piece + place for piece, place in zip(pieces, [*places, ""], strict=True))
 
 
@@ -232,34 +217,34 @@ def described(picture: Picture, where: str) -> dict[str, Any]:
     }
 
 
-def blind(conversation: Conversation) -> None:
-    """Refuse images for a model that does not see."""
+def blind(conversation: Conversation, family: str | None) -> None:
+    """Refuse images for a model of a family that does not see, or whose sight is not known here (Gemma 3)."""
     kinds = {part.kind for message in conversation.messages for part in message.parts} - {"text"}
     if kinds:
         raise DataError(
-            f"the row has an {min(kinds)}, and the model sees none", required="a model with a vision tower, or text",
+            f"the row has an {min(kinds)}, and the model sees none here ({family or 'of no known family'})",
+            required=f"a model of {', '.join(FAMILIES)}, or text alone",
             where=str(conversation.origin), remedy="choose another model, or leave it out with data.messages",
         )
 
 
 def sees(directory: Path) -> bool:
     """Whether the model of a directory takes images in a way that is known here."""
-    return _model_type(directory) in FAMILIES
+    return model_type(directory) in FAMILIES
 
 
 def sight(
     directory: Path, tokenizer: PreTrainedTokenizerBase, most_tokens: int | None
 ) -> Sight | None:
     """How the model of a directory sees; None for a model that does not."""
-    name = _model_type(directory)
+    name = model_type(directory)
     family = FAMILIES.get(name)
     if family is None:
         return None
     processor = _processor(directory, most_tokens)
-    fixed = None if family.placed_by_grid else _settings(directory)["mm_tokens_per_image"]
     token = tokenizer.convert_tokens_to_ids(family.visual)
     _check_token(directory, token, family)
-    return Sight(name, family, processor, token, fixed)
+    return Sight(name, family, processor, token)
 
 
 @functools.cache
@@ -268,8 +253,9 @@ def _settings(directory: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _model_type(directory: Path) -> str:
-    return str(_settings(directory).get("model_type"))
+def model_type(directory: Path) -> str | None:
+    """The family that a model's configuration names."""
+    return _settings(directory).get("model_type")
 
 
 def _check_token(directory: Path, token: int, family: Family) -> None:
