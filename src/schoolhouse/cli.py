@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         commands.COMMANDS[options.command](options)
     except SchoolhouseError as error:
+        launch.finish_the_word()
         launch.report(error, error.exit_code)
         if options.debug:
             raise
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         if not launch.is_worker(os.environ) or os.environ["RANK"] == "0":
             print(stopped, file=sys.stderr)
+        if launch.lost_peers():
+            launch.end_as_consequence(PeerError.exit_code)  # the agent's signal, not a stop that was asked for
         sys.exit(launch.note_stopped())
     except KeyboardInterrupt:
         print("stopped; nothing was lost", file=sys.stderr)

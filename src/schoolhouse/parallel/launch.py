@@ -124,6 +124,12 @@ def _alive(number: int) -> bool:
     return True
 
 
+def finish_the_word() -> None:
+    """Called by a worker that says why it fails: the agent, ending it as the peer of another, must not cut it short."""
+    if is_worker(os.environ):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def is_worker(environment: Mapping[str, str]) -> bool:
     """Whether a launcher of ours will say why this process ended."""
     return OFFICE in environment and ERROR_FILE in environment
