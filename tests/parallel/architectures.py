@@ -1,0 +1,56 @@
+"""Every architecture on two processes that share each sequence, full and with adapters, against the plain loop.
+
+Run by `test_architectures_on_layouts.py`: all cases in one pair of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import group
+import torch
+from matrix import rows, step_of
+from plain_sft import plain_gradient
+from test_families import adapters, student
+from test_invariance import a_store
+from torch.distributed.tensor import DTensor
+from true_float64 import TrueFloat64
+
+from schoolhouse import train
+from schoolhouse.model.load import Student
+from schoolhouse.parallel import fsdp
+from schoolhouse.starter import miniatures
+
+LAYOUT = (1, 1, 2)
+
+
+def compare(family: str, way: str) -> float:
+    """The largest difference of loss and gradients from the plain loop, relative to the longest gradient."""
+    one, mesh, taught = student(family, adapters(family) if way == "lora" else None), group.mesh(LAYOUT), rows("uneven")
+    with TrueFloat64():
+        wanted_loss, wanted = plain_gradient(one.model, taught)
+        placed = Student(one.model, mesh)
+        fsdp.shard(placed, mesh, torch.float64, offload=False)
+        loss, _ = train.compute_gradient(placed, step_of(a_store(taught), mesh, "uneven"), seed=0)
+    assert placed.exchange.calls >= 4 * one.model.config.num_hidden_layers  # to heads and back, both directions
+    found = {name: each.grad for name, each in placed.model.named_parameters() if each.requires_grad}
+    assert all("lora_" in name for name in found) == (way == "lora")
+    worst, longest = abs(loss - wanted_loss) / wanted_loss, max(float(each.norm()) for each in wanted.values())
+    for name, gradient in found.items():
+        assert isinstance(gradient, DTensor), name
+        target = wanted.get(name, torch.zeros(gradient.shape, dtype=torch.float64))
+        worst = max(worst, float((gradient.full_tensor() - target).norm()) / longest)
+    assert wanted.keys() <= found.keys()
+    return worst
+
+
+CASES: dict[str, Callable[[], float]] = {
+    f"{family}, {way}": functools.partial(compare, family, way)
+    for family in miniatures.ARCHITECTURES for way in ("full", "lora")
+}
+
+if __name__ == "__main__":
+    assert os.environ["WORLD_SIZE"] == "2"
+    group.main(CASES)

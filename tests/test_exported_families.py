@@ -1,0 +1,90 @@
+"""Every architecture, full, as an adapter and merged: plain transformers writes what the student itself would write.
+
+The student is the one that trains (packed attention, float32 masters); its weights are moved far from the base's, so
+that an export that forgot a tensor, a scale or a tie would write something else.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from schoolhouse import evaluate, export, places, proof
+from schoolhouse.config import Exam, Lora, Model
+from schoolhouse.data import served
+from schoolhouse.data.served import Served
+from schoolhouse.export import Trained
+from schoolhouse.model import load
+from schoolhouse.starter import miniatures
+
+MIXTURES = ("qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+PROMPTS = ["Tom has 3 pens. How many?", "Mia buys 4 boxes of 5 eggs and gives away 7. How many eggs are left?"]
+WRITTEN = 12
+"""Tokens of an answer: random weights never stop by themselves."""
+
+
+def base(family: str, place: Path) -> Path:
+    """A miniature with random weights and the starter's tokenizer."""
+    starter = places.model_directory("starter/qwen3")
+    ids = {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None}
+    tied = family.startswith("gemma")
+    torch.manual_seed(2)
+    config = AutoConfig.for_model(**miniatures.settings(family, 1024, tie_word_embeddings=tied, **ids))
+    model = AutoModelForCausalLM.from_config(config)
+    stir(dict(model.named_parameters()))
+    model.save_pretrained(place)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(starter / name, place / name)
+    return place
+
+
+@torch.no_grad()
+def stir(parameters: dict[str, torch.Tensor]) -> None:
+    """Move each tensor; embeddings less, or a model whose head is tied to them would repeat its last token."""
+    for name, parameter in parameters.items():
+        parameter.add_(torch.randn_like(parameter) * (0.01 if "embed" in name else 0.15))
+
+
+@torch.no_grad()
+def plainly_written(model: PreTrainedModel, words: Served) -> list[str]:
+    """What plain transformers writes greedily, one prompt at a time, up to its first stop token."""
+    found = []
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    for prompt in words.tokenize(PROMPTS):
+        ids = torch.tensor([prompt])
+        out = model.eval().generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=WRITTEN, do_sample=False,
+            eos_token_id=list(words.stops.ids),
+        )
+        found.append(words.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+    return found
+
+
+@pytest.mark.parametrize("family", miniatures.ARCHITECTURES)
+def test_an_export_writes_what_the_run_writes(family: str, tmp_path: Path) -> None:
+    directory = base(family, tmp_path / "base")
+    settings = Model(path=str(directory))
+    words = served.load(served.serving(settings, directory))
+    for way in (None, Lora(rank=3, alpha=5.0, experts=True if family in MIXTURES else None)):
+        student = load.load(directory, settings, torch.device("cpu"), way)
+        learnt = {name: one for name, one in student.model.named_parameters() if one.requires_grad}
+        stir(learnt)
+        trained, exam = Trained(learnt, way), Exam(max_new_tokens=WRITTEN)
+        wanted = [one.text for one in evaluate.generate(student, words, words.tokenize(PROMPTS), exam, seed=0)]
+        assert wanted[0] != wanted[1] and len(set(wanted[1])) > 3, "an answer that would not tell exports apart"
+        for form in ("model",) if way is None else ("adapter", "model"):
+            out = tmp_path / f"{'full' if way is None else 'lora'}-{form}"
+            out.mkdir()
+            if form == "model":
+                export.write_model(directory, trained, words, out)
+                again = AutoModelForCausalLM.from_pretrained(out)
+            else:
+                export.write_adapter(directory, str(directory), None, trained, words, out)
+                again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), out)
+            proof.prove(directory, trained, words, [(prompt, ()) for prompt in PROMPTS], out)
+            assert plainly_written(again, words) == wanted, (way, form)
