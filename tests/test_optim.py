@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse import optim
 from schoolhouse.config import Optim
+from schoolhouse.errors import ConfigError
+from schoolhouse.model import eightbit
 from schoolhouse.optim import Optimizer
 
 SETTINGS = Optim(learning_rate=1e-2, weight_decay=0.1, clip=0.5)
@@ -283,3 +285,98 @@ def test_the_rate_at_known_points() -> None:
     assert optim.learning_rate(cosine, 4, 10) == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi / 4)) / 2)
     assert optim.learning_rate(line, 4, 10) == pytest.approx(0.2 + 1.8 * 0.75)
     assert optim.learning_rate(Optim(learning_rate=2.0, warmup=0, schedule="constant"), 7, 10) == 2.0
+
+
+# Factors of the learning rate.
+
+
+def moved(rates: dict[str, float], name: str = "adamw") -> dict[str, float]:
+    """How far the first update moves each parameter of a network without decay."""
+    model = network()
+    before = {key: one.detach().clone() for key, one in model.named_parameters()}
+    optimizer = Optimizer(model, Optim(name=name, weight_decay=0.0, clip=None, rates=rates), "float32")
+    loss_of(model, 1).backward()
+    optimizer.step(1e-3)
+    return {key: float((one.detach() - before[key]).norm()) for key, one in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_factor_moves_its_parameters_so_much_further(name: str) -> None:
+    """The first update is proportional to the rate, whichever optimizer moves; float32 rounds a sum near 1 to 6e-8."""
+    plain, other = moved({}, name), moved({"^0": 0.25, "weight": 3.0}, name)
+    wanted = {"0.weight": 0.25, "0.bias": 0.25, "1.weight": 3.0, "1.bias": 1.0, "3.weight": 3.0, "3.bias": 1.0}
+    for key, factor in wanted.items():
+        assert other[key] == pytest.approx(factor * plain[key], rel=1e-3), key
+
+
+def test_a_factor_that_decides_nothing_is_refused() -> None:
+    for rates in ({"visoin": 0.1}, {"vision": 0.1}, {"weight": 2.0, "3.weight": 3.0}):
+        with pytest.raises(ConfigError, match="decides no trained parameter"):
+            Optimizer(network(), Optim(rates=rates), "float32")
+    with pytest.raises(ValueError, match="is no regex"):
+        Optim(rates={"(": 1.0})
+
+
+def test_parts_of_a_model_that_sees_have_their_own_rates() -> None:
+    names = ["model.visual.blocks.0.attn.qkv.weight", "model.visual.merger.norm.weight",
+             "model.language_model.embed_tokens.weight", "lm_head.weight",
+             "model.language_model.layers.0.self_attn.q_proj.lora_B.default.weight"]
+    found = optim.factors(names, {"lora_B": 16.0, "vision": 0.1, "projector": 2.0, "language": 0.5})
+    assert list(found.values()) == [0.1, 2.0, 0.5, 0.5, 16.0]
+
+
+def test_the_factors_are_said() -> None:
+    optimizer = Optimizer(network(), Optim(rates={"^0": 0.5}), "float32")
+    assert optimizer.describe() == "AdamW; learning rates: 2 tensors × 0.5, 4 tensors × 1"
+
+
+# Moments in 8 bits.
+
+
+def wide(seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(64, 64, bias=False)
+
+
+def teach(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    for step in steps:
+        draw = torch.Generator().manual_seed(step)
+        inputs = torch.randn(32, 64, generator=draw)
+        (model(inputs) - inputs.flip(1)).square().mean().backward()
+        optimizer.clip()
+        optimizer.step(1e-2)
+
+
+def test_eight_bits_learn_and_resume() -> None:
+    """As far as AdamW itself within a tenth; from its saved state it goes on bit by bit; a quarter of the memory."""
+    pytest.importorskip("torchao", reason="needs the extra adamw8bit")
+    settings, error = Optim(name="adamw8bit", weight_decay=0.0), {}
+    for name in ("adamw", "adamw8bit"):
+        model = wide()
+        teach(model, Optimizer(model, settings.model_copy(update={"name": name}), "float32"), range(150))
+        inputs = torch.randn(256, 64, generator=torch.Generator().manual_seed(999))
+        error[name] = float((model(inputs) - inputs.flip(1)).square().mean().detach())
+    assert error["adamw8bit"] < 0.1 and error["adamw8bit"] == pytest.approx(error["adamw"], rel=0.1)
+    whole, first, second = wide(), wide(), wide(1)
+    optimizer = Optimizer(first, settings, "float32")
+    teach(first, optimizer, range(5))
+    kept = {name: one.clone() for name, one in optimizer.moments()}
+    assert kept["exp_avg_codes.weight"].dtype == torch.uint8
+    assert sum(one.nbytes for one in kept.values()) < 0.26 * 2 * 4 * 64 * 64
+    again = Optimizer(second, settings, "float32")
+    again.load({name: one.clone() for name, one in optimizer.weights()}, kept)
+    teach(second, again, range(5, 9))
+    teach(whole, Optimizer(whole, settings, "float32"), range(9))
+    assert torch.equal(whole.weight, second.weight)
+
+
+def test_eight_bits_in_force_or_refused() -> None:
+    pytest.importorskip("torchao", reason="needs the extra adamw8bit")
+    with pytest.raises(ConfigError, match="narrow no tensor"):
+        Optimizer(network(), Optim(name="adamw8bit"), "float32")
+
+
+def test_eight_bits_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eightbit, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="torchao is not installed"):
+        Optimizer(wide(), Optim(name="adamw8bit"), "float32")

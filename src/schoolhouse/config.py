@@ -6,6 +6,7 @@ is computed where it is needed, printed, and stored beside it.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -199,11 +200,15 @@ class Train(Section):
 class Optim(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """`adamw` (Loshchilov & Hutter, 2019); `muon` (Jordan et al., 2024) moves the matrices between layers in all their
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """`adamw` (Loshchilov & Hutter, 2019); `adamw8bit` keeps its moments in 8 bits (Dettmers et al., 2021), by torchao,
+    `schoolhouse[adamw8bit]`; `muon` (Jordan et al., 2024) moves the matrices between layers in all their
     directions alike, scaled so that AdamW's learning rates serve (Liu et al., 2025); AdamW moves the rest."""
     learning_rate: PositiveFloat = 1e-5
     """The peak, after warm-up."""
+    rates: dict[str, PositiveFloat] = {}
+    """Factors of the learning rate for some parameters, e.g. `{vision: 0.1, lora_B: 16, "embed|lm_head": 0.5}`. A key
+    is a part (`vision`, `projector`, `language`) or a regex found in the name; the first that matches decides."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """The way down from the peak to `minimum`."""
     warmup: Fraction = 0.05
@@ -222,6 +227,15 @@ class Optim(Section):
     """Decay of the sum of gradients (Muon)."""
     clip: PositiveFloat | None = 1.0
     """The largest norm of the whole gradient; null clips nothing."""
+
+    @model_validator(mode="after")
+    def _patterns(self) -> Optim:
+        for pattern in self.rates:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"rates has {pattern!r}, which is no regex: {error}") from None
+        return self
 
 
 class Validation(Section):
@@ -313,7 +327,10 @@ class Recipe(Section):
         if self.exam.every and self.exam.data is None:
             raise ValueError("exam.every needs exam.data")
         if self.optim.name == "muon" and self.lora is not None:
-            raise ValueError("optim.name=muon trains whole matrices: adapters (lora) are trained with adamw")
+            raise ValueError(
+                "optim.name=muon moves whole matrices, and adapters (lora) are thin factors: set optim.name=adamw (with "
+                "a learning_rate of about 1e-4 to 4e-4), or remove the section lora to train all weights with muon"
+            )
         return self
 
     @property

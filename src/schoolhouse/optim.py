@@ -11,7 +11,8 @@ matrix whose directions are all of one length; scaled to AdamW's usual step (Liu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from schoolhouse.config import Optim
 from schoolhouse.errors import ConfigError
+from schoolhouse.model import eightbit, lora, sight
 from schoolhouse.parallel import fsdp
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -40,20 +42,22 @@ class Optimizer:
                 copy.register_post_accumulate_grad_hook(_move_gradient(self.masters[name]))
         self.matrices = hidden_matrices(model) & self.masters.keys() if settings.name == "muon" else set()
         """The names of the parameters that Muon moves."""
-        adamw = torch.optim.AdamW(
-            self._groups(), lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
-        )
-        self._optimizers: list[torch.optim.Optimizer] = [adamw]
+        self.factors = factors(self.masters, settings.rates)
+        """What the learning rate is multiplied with, by parameter name."""
+        rest = self._groups(self.masters.keys() - self.matrices)
+        self._optimizers: list[torch.optim.Optimizer] = [_adamw(rest, settings)]
         if self.matrices:
-            self._optimizers.append(_muon([self.masters[name] for name in self.masters if name in self.matrices],
-                                          settings))
+            self._optimizers.append(_muon(self._groups(self.matrices), settings))
 
-    def _groups(self) -> list[dict]:
-        """What AdamW moves: matrices decay, vectors (norms, biases) do not."""
-        tensors = [one for name, one in self.masters.items() if name not in self.matrices]
+    def _groups(self, names: Iterable[str]) -> list[dict]:
+        """Tensors that share a factor and a decay: matrices decay, vectors (norms, biases) do not."""
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            if name in names:
+                decay = self._settings.weight_decay if master.ndim >= 2 else 0.0
+                groups.setdefault((self.factors[name], decay), []).append(master)
         return [
-            {"params": [one for one in tensors if one.ndim >= 2], "weight_decay": self._settings.weight_decay},
-            {"params": [one for one in tensors if one.ndim < 2], "weight_decay": 0.0},
+            {"params": tensors, "factor": factor, "weight_decay": decay} for (factor, decay), tensors in groups.items()
         ]
 
     def _state(self, name: str) -> dict[Tensor, dict[str, Tensor]]:
@@ -63,7 +67,11 @@ class Optimizer:
     def describe(self) -> str:
         """What moves the weights, for the table of what is in force."""
         rest = len(self.masters) - len(self.matrices)
-        return f"Muon for {len(self.matrices)} matrices, AdamW for {rest} other tensors" if self.matrices else "AdamW"
+        name = "AdamW with 8-bit moments" if self._settings.name == "adamw8bit" else "AdamW"
+        text = f"Muon for {len(self.matrices)} matrices, {name} for {rest} other tensors" if self.matrices else name
+        counts = {factor: list(self.factors.values()).count(factor) for factor in self.factors.values()}
+        rates = ", ".join(f"{counts[factor]} tensors × {factor:g}" for factor in sorted(counts))
+        return f"{text}; learning rates: {rates}" if self._settings.rates else text
 
     def clip(self) -> Tensor:
         """The norm of the whole gradient before clipping (scalar); longer gradients are shortened to `optim.clip`."""
@@ -88,10 +96,19 @@ class Optimizer:
         """One update; gradients are gone afterwards."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(learning_rate * group["factor"])
+                else:
+                    group["lr"] = learning_rate * group["factor"]
+            self._move(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self._write_copies()
+
+    def _move(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._settings.name == "adamw8bit":
+            eightbit.step(optimizer)
+        else:
+            optimizer.step()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 masters by the model's parameter names."""
@@ -100,7 +117,7 @@ class Optimizer:
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizers' state by `moment.parameter`."""
         for name, master in self.masters.items():
-            for moment, value in self._state(name).get(master, {}).items():
+            for moment, value in eightbit.apart(self._state(name).get(master, {})):
                 yield f"{moment}.{name}", value
 
     @torch.no_grad()
@@ -109,6 +126,8 @@ class Optimizer:
         for name, master in self.masters.items():
             master.copy_(fsdp.as_cut(weights[name], master))
             state = {moment: moments[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in moments}
+            if self._settings.name == "adamw8bit":
+                state |= eightbit.together(name, moments)
             if state:  # a parameter that never had a gradient has no moments
                 self._state(name)[master] = {
                     moment: fsdp.as_cut(value.to(master.device), master if value.ndim else value)
@@ -130,16 +149,40 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in linear if module is not head}
 
 
-def _muon(matrices: list[Tensor], settings: Optim) -> torch.optim.Muon:
-    if any(isinstance(one, DTensor) for one in matrices):
+def factors(names: Iterable[str], rates: Mapping[str, float]) -> dict[str, float]:
+    """The factor of each parameter's learning rate: that of the first of `rates` which names its part or is found in
+    its name; 1 where none does. Raises ConfigError for one that decides nothing."""
+    found = {}
+    reached = set()
+    for name in names:
+        plain = lora.plain_name(name)
+        first = next((one for one in rates if one == sight.part_of(plain) or re.search(one, plain)), None)
+        found[name] = 1.0 if first is None else rates[first]
+        reached.add(first)
+    for one in rates:
+        if one not in reached:
+            raise ConfigError(
+                f"{one!r} decides no trained parameter's learning rate",
+                required="vision, projector, language, or a regex found in names that no earlier one matches",
+                where="optim.rates", remedy=f"remove it, or look at names such as {next(iter(found), 'none')}",
+            )
+    return found
+
+
+def _adamw(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
+    common = {"lr": 0.0, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
+    if settings.name == "adamw8bit":
+        return eightbit.adamw(groups, **common)
+    return torch.optim.AdamW(groups, **common, fused=True)
+
+
+def _muon(groups: list[dict], settings: Optim) -> torch.optim.Muon:
+    if any(isinstance(one, DTensor) for group in groups for one in group["params"]):
         raise ConfigError(
             "optim.name=muon with weights that are cut over processes", required="whole matrices: one process",
             where="optim.name", remedy="set optim.name=adamw, or train with one process",
         )
-    return torch.optim.Muon(
-        matrices, lr=0.0, weight_decay=settings.weight_decay, momentum=settings.momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    return torch.optim.Muon(groups, lr=0.0, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw")
 
 
 def learning_rate(settings: Optim, step: int, steps: int) -> float:
