@@ -328,8 +328,8 @@ class Recipe(Section):
             raise ValueError("exam.every needs exam.data")
         if self.optim.name == "muon" and self.lora is not None:
             raise ValueError(
-                "optim.name=muon moves whole matrices, and adapters (lora) are thin factors: set optim.name=adamw (with "
-                "a learning_rate of about 1e-4 to 4e-4), or remove the section lora to train all weights with muon"
+                "optim.name=muon moves whole matrices, and adapters (lora) are thin factors: set optim.name=adamw "
+                "(with a learning_rate of about 1e-4 to 4e-4), or remove the section lora to train whole weights"
             )
         return self
 
