@@ -191,6 +191,14 @@ class Train(Section):
     """What happens when a loss or gradient is no finite number: stop, or leave out the update of up to this many steps
     of the run, e.g. `skip:3`. Either way `bad_step.json` names the rows, and `replay RUN` computes the step again."""
 
+    label_smoothing: Decay = 0.0
+    """Share of each target's probability that is spread over the vocabulary while training; validation has none."""
+    neftune: NaturalFloat = 0.0
+    """Uniform noise on embeddings while training: +-this / sqrt(tokens of the example x width); 5 is usual."""
+    balance: NaturalFloat | None = None
+    """Weight of a mixture's balance loss, e.g. 0.001, of each example by itself. Unset: the model's own
+    `router_aux_loss_coef` where its configuration sets `output_router_logits`, else none."""
+
     @property
     def skips(self) -> int:
         """Steps whose update may be left out."""

@@ -17,6 +17,7 @@ from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MemoryFault
 from schoolhouse.model.load import Student
+from schoolhouse.model.teaching import Drawn
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel import fsdp
 
@@ -63,7 +64,7 @@ def _try(student: Student, optimizer: Optimizer, store: Store, pack: Sequence[in
             seen = next(iter(loader.pixels(store, iter([pack]), sight, len(pack), student.device)))
             micro = loader.micro_batch(store, pack, student.device, sight, seen)
             fsdp.expect(student, last=True)
-            (student.loss(micro).nll / micro.supervised).backward()
+            (student.loss(micro, Drawn(0, 0)).nll / micro.supervised).backward()
             optimizer.clip()
             optimizer.step(0.0)
         finally:

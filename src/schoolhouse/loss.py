@@ -32,16 +32,19 @@ class Head:
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, head: Head, labels: torch.Tensor, weights: torch.Tensor, targets: torch.Tensor
+    hidden: torch.Tensor, head: Head, labels: torch.Tensor, weights: torch.Tensor, targets: torch.Tensor,
+    smoothing: float = 0.0,
 ) -> LossSum:
     """Summed loss of a micro-batch: hidden [1, S, D], labels and weights [1, S], targets i64[M] the supervised places.
 
+    `smoothing` spreads this share of a target's probability evenly over the vocabulary (Szegedy et al., 2016,
+    arXiv:1512.00567), as `F.cross_entropy(label_smoothing=…)` does.
     With M = 0 the sum is 0 and still hangs on the graph, so that every rank runs its backward.
     """
     rows = hidden.flatten(0, 1).index_select(0, targets)
     chosen, weight = labels.flatten()[targets], weights.flatten()[targets]
     nll, correct = _LinearCrossEntropy.apply(
-        rows, head.weight, head.bias, chosen, weight, head.scale, head.softcap, torch.is_grad_enabled()
+        rows, head.weight, head.bias, chosen, weight, head.scale, head.softcap, smoothing, torch.is_grad_enabled()
     )
     return LossSum(nll, correct, weight.sum(dtype=torch.float64), len(targets))
 
@@ -50,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of weighted cross-entropies of `rows` [M, D] with the gradients made on the way."""
 
     @staticmethod
-    def forward(ctx, rows, matrix, bias, labels, weights, scale, softcap, training):
+    def forward(ctx, rows, matrix, bias, labels, weights, scale, softcap, smoothing, training):
         wanted = [training and needed for needed in ctx.needs_input_grad[:3]]
         accurate = torch.promote_types(rows.dtype, torch.float32)
         nll = torch.zeros((), dtype=torch.promote_types(accurate, torch.float64), device=rows.device)
@@ -67,13 +70,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _logits(rows[part], matrix, bias, scale, softcap, out=logits)
             target, weight = labels[part].unsqueeze(1), weights[part].to(accurate).unsqueeze(1)
             scores = logits.gather(1, target)
+            if smoothing:
+                scores.lerp_(logits.mean(1, keepdim=True), smoothing)
             highest, likeliest = logits.max(1, keepdim=True)
             correct += (likeliest == target).sum()
             torch.softmax(logits, 1, out=shares)  # the likeliest share is 1 / sum of exp(logit - highest)
             nll += ((highest - shares.gather(1, likeliest).log() - scores) * weight).sum(dtype=nll.dtype)
             if not any(wanted):
                 continue
-            grad = shares.mul_(weight).scatter_add_(1, target, -weight)
+            grad = shares.mul_(weight).scatter_add_(1, target, -weight * (1 - smoothing))
+            if smoothing:
+                grad.sub_(weight * (smoothing / len(matrix)))
             if softcap is not None:
                 grad.mul_(_slope(logits, softcap))
             if scale != 1.0:
@@ -92,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, above, _):
         grads = [None if grad is None else grad.mul_(above.to(grad.dtype)) for grad in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
 
 
 def _logits(rows, matrix, bias, scale, softcap, out):

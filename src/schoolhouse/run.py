@@ -279,6 +279,7 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
         "way": lora.describe(model, recipe.lora) if recipe.lora else "full fine-tuning",
         "precision": f"{recipe.model.precision}, masters and moments float32" if recipe.model.precision == "bfloat16"
         else "float32",
+        "objective": run.student.teaching.describe(),
         "optimizer": run.optimizer.describe(),
         "attention": f"packed and isolated; equal to {type(model).__name__}'s own to {difference:.0e}",
         "data": f"{run.store.ledger.rows:,} rows, {len(run.store):,} examples, "

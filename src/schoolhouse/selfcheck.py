@@ -38,6 +38,7 @@ from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ModelError
 from schoolhouse.model import load, sight, spread
+from schoolhouse.model.teaching import Teaching
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel.mesh import ALONE, Mesh
 from schoolhouse.types import MicroBatch, PlannedStep, Step
@@ -141,6 +142,7 @@ def as_a_run_does(
     student, _ = spread.proved(directory, recipe, load.device(recipe.device, mesh.place.local), mesh, seeing)
     optimizer = Optimizer(student.model, recipe.optim, precision if mesh.world == 1 else "float32")
     student.eval()
+    student.teaching = Teaching()  # the plain loss: the other way knows no noise, smoothing or balance
     packs = plans.partition(store.lengths, recipe.batch.tokens, mesh.data_ranks)
     planned = PlannedStep(
         1, 0, tuple(map(tuple, packs)), int(store.lengths.sum()), int(store.supervised_tokens.sum()),

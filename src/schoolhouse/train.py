@@ -28,6 +28,7 @@ from schoolhouse import memory, optim
 from schoolhouse.data import loader
 from schoolhouse.errors import NonFiniteError, Stopped
 from schoolhouse.model.load import Student
+from schoolhouse.model.teaching import Drawn
 from schoolhouse.parallel import fsdp, watch
 from schoolhouse.parallel.mesh import Mesh
 from schoolhouse.run import Run
@@ -90,7 +91,7 @@ def compute_gradient(student: Student, step: Step, seed: int) -> tuple[float, in
     for micro in step.micro_batches:
         torch.manual_seed(_key(seed, step.index, micro.pack, mesh.ulysses_rank))
         fsdp.expect(student, last=micro is step.micro_batches[-1])
-        loss = student.loss(micro)
+        loss = student.loss(micro, Drawn(seed, step.index))
         (loss.nll / step.supervised).backward()
         sums += torch.stack([loss.nll.detach(), loss.correct, loss.supervised, torch.full_like(sums[0], loss.tokens)])
     nll, correct, weight, delivered = mesh.sum(sums).tolist()

@@ -13,6 +13,7 @@ import group
 import torch
 from matrix import rows, step_of
 from plain_sft import plain_gradient
+from taught import taught_gradient
 from test_families import adapters, student
 from test_invariance import a_store
 from torch.distributed.tensor import DTensor
@@ -20,18 +21,28 @@ from true_float64 import TrueFloat64
 
 from schoolhouse import train
 from schoolhouse.model.load import Student
+from schoolhouse.model.teaching import Teaching
 from schoolhouse.parallel import fsdp
 from schoolhouse.starter import miniatures
 
 LAYOUT = (1, 1, 2)
 
 
-def compare(family: str, way: str) -> float:
+PLAIN = Teaching()
+TAUGHT = {"qwen3_moe": Teaching(0.1, 5.0, 0.3), "gemma2": Teaching(0.1, 5.0)}
+"""With smoothed labels, noise and the balance of experts."""
+
+
+def compare(family: str, way: str, added: Teaching = PLAIN) -> float:
     """The largest difference of loss and gradients from the plain loop, relative to the longest gradient."""
     one, mesh, taught = student(family, adapters(family) if way == "lora" else None), group.mesh(LAYOUT), rows("uneven")
     with TrueFloat64():
-        wanted_loss, wanted = plain_gradient(one.model, taught)
+        wanted_loss, wanted = (
+            plain_gradient(one.model, taught) if added == PLAIN
+            else taught_gradient(one.model, taught, added, seed=0, step=1)
+        )
         placed = Student(one.model, mesh)
+        placed.teaching = added
         fsdp.shard(placed, mesh, torch.float64, offload=False)
         loss, _ = train.compute_gradient(placed, step_of(a_store(taught), mesh, "uneven"), seed=0)
     assert placed.exchange.calls >= 4 * one.model.config.num_hidden_layers  # to heads and back, both directions
@@ -50,6 +61,7 @@ CASES: dict[str, Callable[[], float]] = {
     f"{family}, {way}": functools.partial(compare, family, way)
     for family in miniatures.ARCHITECTURES for way in ("full", "lora")
 }
+CASES |= {f"{family}, taught": functools.partial(compare, family, "full", added) for family, added in TAUGHT.items()}
 
 if __name__ == "__main__":
     assert os.environ["WORLD_SIZE"] == "2"

@@ -30,12 +30,6 @@ def refuse(model: PreTrainedModel) -> None:
     """Raise ModelError where a model asks for what its training here would leave out."""
     settings = model.config.get_text_config().to_dict()
     where = str(model.config.name_or_path)
-    if settings.get("output_router_logits") and settings.get("router_aux_loss_coef"):
-        raise ModelError(
-            f"the configuration adds a balance loss (router_aux_loss_coef {settings['router_aux_loss_coef']})",
-            required="the loss of the supervised tokens alone: a balance loss depends on how examples are packed",
-            where=where, remedy='set "output_router_logits": false in config.json',
-        )
     if settings.get("quantization_config"):
         raise ModelError(
             "the weights are stored quantised", required="weights in float32, float16 or bfloat16", where=where,

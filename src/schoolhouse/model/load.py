@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from schoolhouse import loss
 from schoolhouse.config import Lora, Model
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
-from schoolhouse.model import attention, families, kernels, lora, sight
+from schoolhouse.model import attention, families, kernels, lora, sight, teaching
+from schoolhouse.model.teaching import Drawn, Span, Teaching
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
 from schoolhouse.types import LossSum, MicroBatch, Vision
@@ -32,6 +35,8 @@ class Student(nn.Module):
         self.model = model
         self.mesh = mesh
         self.exchange = ulysses.exchange(mesh)
+        self.teaching = Teaching()
+        """What a step that teaches adds to the plain loss."""
 
     @property
     def device(self) -> torch.device:
@@ -48,24 +53,56 @@ class Student(nn.Module):
         """The model's way from hidden states to logits, with the weights as they stand now."""
         return families.head(self.model)
 
-    def loss(self, micro: MicroBatch) -> LossSum:
-        """The loss of this process's part of a micro-batch [1, S]; only supervised positions meet the vocabulary."""
+    def loss(self, micro: MicroBatch, drawn: Drawn | None = None) -> LossSum:
+        """The loss of this process's part of a micro-batch [1, S]; only supervised positions meet the vocabulary.
+
+        With `drawn`, the step whose random numbers are meant, it is what the step teaches (`self.teaching`); without,
+        it is the plain loss.
+        """
         part = ulysses.split(micro, self.mesh)
-        nll, correct, supervised = self(part)
+        nll, correct, supervised = self(part, drawn, _worth(micro, part) if self.teaching.balance else None)
         return LossSum(nll, correct, supervised, len(part.targets))
 
-    def forward(self, part: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Negative log-likelihood, correct targets and supervised weight of this process's part [1, S / U]."""
-        hidden = self.model.base_model(
-            input_ids=part.input_ids,
-            attention_mask=None,
-            position_ids=part.positions,
-            use_cache=False,
-            layout=attention.layout(part.boundaries, part.input_ids.device, self.exchange),
-            **sight.inputs(self.model, part.vision),
-        ).last_hidden_state
-        found = loss.linear_cross_entropy(hidden, self.head, part.labels, part.weights, part.targets)
-        return found.nll, found.correct, found.supervised
+    def forward(
+        self, part: MicroBatch, drawn: Drawn | None = None, worth: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, correct targets and supervised weight of this process's part [1, S / U]; `worth` [E] of examples."""
+        added = Teaching() if drawn is None else self.teaching
+        length = part.labels.shape[1]
+        span = Span(part.boundaries, length * self.mesh.ulysses_rank, length)
+        with contextlib.ExitStack() as inside:
+            if added.noise:
+                seen = span if part.vision is None or part.vision.part is None else Span(
+                    part.boundaries, 0, part.input_ids.shape[1])
+                embeddings = self.model.get_input_embeddings()
+                inside.enter_context(teaching.noisy(embeddings, added.noise, part.pack, seen, drawn))
+            out = self.model.base_model(
+                input_ids=part.input_ids,
+                attention_mask=None,
+                position_ids=part.positions,
+                use_cache=False,
+                layout=attention.layout(part.boundaries, part.input_ids.device, self.exchange),
+                **({"output_router_logits": True} if added.balance else {}),
+                **sight.inputs(self.model, part.vision),
+            )
+        found = loss.linear_cross_entropy(
+            out.last_hidden_state, self.head, part.labels, part.weights, part.targets, added.smoothing
+        )
+        nll = found.nll + self._balance(out, worth, span, added.balance) if added.balance else found.nll
+        return nll, found.correct, found.supervised
+
+    def _balance(self, out: ModelOutput, worth: torch.Tensor, span: Span, weight: float) -> torch.Tensor:
+        """The balance loss of this part, weighted."""
+        chosen = self.model.config.get_text_config().num_experts_per_tok
+        peers = None if self.exchange is None else self.exchange.peers
+        return weight * teaching.balance_loss(out.router_logits, chosen, worth, span, peers)
+
+
+def _worth(micro: MicroBatch, part: MicroBatch) -> torch.Tensor:
+    """The supervised weight of each example of the whole micro-batch [E]; of one that only pads it, 0."""
+    ends = torch.tensor(part.boundaries, device=micro.weights.device).clamp(max=micro.weights.shape[1])
+    sums = torch.nn.functional.pad(micro.weights[0].double().cumsum(0), (1, 0))
+    return sums[ends].diff()
 
 
 def device(setting: str, local: int = 0) -> torch.device:

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from schoolhouse.config import Recipe
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MeshError
-from schoolhouse.model import load
+from schoolhouse.model import load, teaching
 from schoolhouse.model.load import Proof, Student
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import Mesh
@@ -32,6 +32,7 @@ def proved(
     """
     if mesh.world == 1:
         student = load.load(directory, recipe.model, place, recipe.lora)
+        student.teaching = teaching.teaching(recipe.train, student.model)
         return student, load.prove(student, seeing)
     _refuse(directory, mesh)
     whole = load.load(directory, recipe.model, torch.device("cpu"), recipe.lora, number=stored(directory))
@@ -41,6 +42,7 @@ def proved(
             found = load.prove(whole, seeing)
     proof = Proof(*mesh.share([found.loss, found.difference] if found else None))
     student = Student(whole.model, mesh)
+    student.teaching = teaching.teaching(recipe.train, student.model)
     precision = recipe.model.precision
     fsdp.shard(student, mesh, getattr(torch, precision), offload=recipe.parallel.offload)
     _check_layout(student, proof, seeing, AGREEMENT[precision])
