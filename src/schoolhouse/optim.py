@@ -3,9 +3,6 @@
 In float32 the masters are the model's own parameters. In bfloat16 the model holds bfloat16 copies for its matrix
 products, while masters, gradient sums and moments stay in float32: an update far smaller than a bfloat16 step of a
 weight is kept, not rounded away (Micikevicius et al., 2018, arXiv:1710.03740).
-
-Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
-matrix whose directions are all of one length; scaled to AdamW's usual step (Liu et al., 2025, arXiv:2502.16982).
 """
 
 from __future__ import annotations
@@ -16,12 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from schoolhouse.config import Optim
 from schoolhouse.errors import ConfigError
 from schoolhouse.model import eightbit, lora, sight
+from schoolhouse.model.muon import Muon
 from schoolhouse.parallel import fsdp
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -47,7 +44,7 @@ class Optimizer:
         rest = self._groups(self.masters.keys() - self.matrices)
         self._optimizers: list[torch.optim.Optimizer] = [_adamw(rest, settings)]
         if self.matrices:
-            self._optimizers.append(_muon(self._groups(self.matrices), settings))
+            self._optimizers.append(Muon(self._groups(self.matrices), settings.momentum))
 
     def _groups(self, names: Iterable[str]) -> list[dict]:
         """Tensors that share a factor and a decay: matrices decay, vectors (norms, biases) do not."""
@@ -174,15 +171,6 @@ def _adamw(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
     if settings.name == "adamw8bit":
         return eightbit.adamw(groups, **common)
     return torch.optim.AdamW(groups, **common, fused=True)
-
-
-def _muon(groups: list[dict], settings: Optim) -> torch.optim.Muon:
-    if any(isinstance(one, DTensor) for group in groups for one in group["params"]):
-        raise ConfigError(
-            "optim.name=muon with weights that are cut over processes", required="whole matrices: one process",
-            where="optim.name", remedy="set optim.name=adamw, or train with one process",
-        )
-    return torch.optim.Muon(groups, lr=0.0, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw")
 
 
 def learning_rate(settings: Optim, step: int, steps: int) -> float:
