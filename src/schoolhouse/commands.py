@@ -51,7 +51,7 @@ def _joined(options: Namespace, recipe: Recipe) -> Iterator[Mesh]:
     from schoolhouse.parallel import watch
 
     if here.world > 1:  # once joined, only rank 0 of all could save a starter student
-        places.model_directory(recipe.model.path, recipe.model.revision)
+        places.directory_of(recipe.model)
     mesh = meshes.connect(recipe.parallel, load.device(recipe.device, here.local))
     with watch.losses(mesh):
         yield mesh
@@ -326,7 +326,7 @@ def _serving(recipe: Recipe) -> Serving:
     from schoolhouse import places
     from schoolhouse.data import served
 
-    return served.serving(recipe.model, places.model_directory(recipe.model.path, recipe.model.revision))
+    return served.serving(recipe.model, places.directory_of(recipe.model))
 
 
 def _write(path: Path, text: str) -> None:

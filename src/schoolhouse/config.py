@@ -134,6 +134,9 @@ class Model(Section):
     """What the matrix products run in. With bfloat16 the optimizer keeps float32 weights and float32 gradient sums."""
     chat_template: str | None = None
     """A Jinja file, or `plain` or `chatml`. Unset: the one that comes with the tokenizer."""
+    new_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tokens to add, e.g. `["<tool>", "</tool>"]`: the model is copied with rows for them, which are trained. With
+    `lora`, name embeddings and head in `modules_to_save`; only a merged export can then be used elsewhere."""
     template_arguments: dict[str, bool | int | float | str] = {}
     """Further variables of the chat template, e.g. `{enable_thinking: false}`."""
     stop_tokens: tuple[str, ...] = ()
@@ -147,6 +150,13 @@ class Model(Section):
 
     liger: Switch = False
     """Liger's fused kernels for norms, rotary positions and gated layers; CUDA and `schoolhouse[liger]`."""
+
+    @model_validator(mode="after")
+    def _new_once(self) -> Model:
+        twice = [token for token in self.new_tokens if self.new_tokens.count(token) > 1]
+        if twice:
+            raise ValueError(f"new_tokens names {twice[0]!r} twice")
+        return self
 
 
 class Lora(Section):

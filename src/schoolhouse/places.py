@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from schoolhouse.config import Model
 from schoolhouse.errors import CheckpointError, ConfigError
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "chat_templates/*")
@@ -61,6 +62,18 @@ def model_directory(path: str, revision: str | None = None) -> Path:
             )
         return local
     return _snapshot(path, revision)
+
+
+def directory_of(settings: Model) -> Path:
+    """The directory of a recipe's model; with `new_tokens`, a copy in the cache that has them."""
+    found = model_directory(settings.path, settings.revision)
+    if not settings.new_tokens:
+        return found
+    from schoolhouse import enlarge
+
+    name = f"{found.name[:40]}-{enlarge.fingerprint(found, settings.new_tokens)[:16]}"
+    place = cache_directory() / "enlarged" / name
+    return built_once(place, lambda staging: enlarge.build(found, settings.new_tokens, staging))
 
 
 def _student(name: str) -> Path:

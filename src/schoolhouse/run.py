@@ -112,8 +112,8 @@ class Run:
         best = self.best is not None and self.best["step"] == step
         return asked or best or step == self.steps or step % self.recipe.checkpoint.every == 0
 
-    def save(self, step: int) -> None:
-        """Begin to write a checkpoint, once the one before it is on the disk."""
+    def save(self, step: int, *, still: bool = False) -> None:
+        """Begin to write a checkpoint, once the one before it is on the disk; `still`: nothing is trained meanwhile."""
         began = time.perf_counter()
         self.finish_save()
         state = {
@@ -122,7 +122,7 @@ class Run:
         }
         tensors = {checkpoint.WEIGHTS: self.optimizer.weights(), checkpoint.OPTIMIZER: self.optimizer.moments()}
         best = None if self.best is None else self.best["step"]
-        self.saver.save(step, tensors, state, recipes.dump(self.recipe), best)
+        self.saver.save(step, tensors, state, recipes.dump(self.recipe), best, still=still)
         self.stalled = time.perf_counter() - began
 
     def look_at_save(self) -> None:
@@ -165,7 +165,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     for change in _changes(recipe, previous, record.directory, back.allowed):
         screen.say(f"changed: {change}")
         record.event("setting changed", change=change)
-    directory = places.model_directory(recipe.model.path, recipe.model.revision)
+    directory = places.directory_of(recipe.model)
     today = datetime.date.fromisoformat(previous["date"]) if previous else datetime.date.today()
     serving, rules = served.serving(recipe.model, directory, today), served.rules(recipe)
     with screen.counting("preparing") as progress:

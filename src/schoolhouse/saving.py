@@ -75,14 +75,15 @@ class Saver:
 
     def save(
         self, step: int, kinds: Mapping[str, Iterable[tuple[str, Tensor]]], state: Mapping[str, Any], recipe: str,
-        best: int | None = None,
+        best: int | None = None, *, still: bool = False,
     ) -> None:
         """Copy the state and begin to write it; an earlier save must have been finished, for its bytes are reused.
 
-        `best` is the step whose checkpoint is kept beside the newest.
+        `best` is the step whose checkpoint is kept beside the newest. A state that stands `still` until `finish()` is
+        written from where it is in host memory, which saves a copy of all weights and moments at the end of a run.
         """
         assert self._writing is None, "finish() first"
-        held = {kind: dict(self._copied(kind, pairs)) for kind, pairs in kinds.items()}
+        held = {kind: dict(self._copied(kind, pairs, still)) for kind, pairs in kinds.items()}
         _wait_for_device()
         self._writing = self._writer.submit(self._write, step, held, state, recipe, best)
 
@@ -95,11 +96,16 @@ class Saver:
         writing, self._writing = self._writing, None
         return writing.result() if writing is not None else None
 
-    def _copied(self, kind: str, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Piece]]:
+    def _copied(
+        self, kind: str, pairs: Iterable[tuple[str, Tensor]], still: bool
+    ) -> Iterator[tuple[str, Piece]]:
         """This rank's pieces in host memory, which is taken once and used for every save."""
         for name, tensor in pairs:
             held = checkpoint.piece(tensor.detach(), self.storage.rank)
             if held is None:
+                continue
+            if still and held.tensor.device.type == "cpu":
+                yield name, Piece(held.tensor.contiguous(), held.offset, held.shape)
                 continue
             if (kind, name) not in self._host:
                 self._host[kind, name] = torch.empty(

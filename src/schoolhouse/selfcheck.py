@@ -84,7 +84,7 @@ def selfcheck(recipe: Recipe, rows: int, mesh: Mesh = ALONE) -> list[Line]:
     All processes of the mesh compute their part of the step; the first one computes the plain side alone and needs
     room for a whole model in float32 with its gradients. The lines are the same in every process.
     """
-    directory = places.model_directory(recipe.model.path, recipe.model.revision)
+    directory = places.directory_of(recipe.model)
     serving = served.serving(recipe.model, directory)
     store, seeing = _first_rows(recipe, serving, rows), served.load(serving).sight
     lines: list[Line] = []

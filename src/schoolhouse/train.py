@@ -73,7 +73,7 @@ def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
             run.look(step.index)
             asked = mesh.any(stop.asked)  # one process's word for all: they stop after the same step
             if run.save_is_due(step.index, asked=asked):
-                run.save(step.index)
+                run.save(step.index, still=asked or step.index == run.steps)
             if asked and step.index < run.steps:
                 run.finish_save()
                 raise Stopped(f"stopped after step {step.index} of {run.steps}; the same command continues")

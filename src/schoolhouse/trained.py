@@ -45,7 +45,7 @@ def export_run(directory: Path, out: str | None, step: int | None, merge: bool =
             "the run has no adapters to merge: the whole model was trained", required="a run with a section `lora`",
             where="command line: --merge", remedy="leave --merge out",
         )
-    base = places.model_directory(recipe.model.path, recipe.model.revision)
+    base = places.directory_of(recipe.model)
     model = served.load(served.serving(recipe.model, base))
     place = Path(out) if out else directory / ("merged" if merge else "export")
     trained = Trained(found.tensors(checkpoint.WEIGHTS), recipe.lora, recipe.model.freeze)
@@ -61,7 +61,9 @@ def export_run(directory: Path, out: str | None, step: int | None, merge: bool =
 
 
 def _of_the_hub(recipe: Recipe) -> bool:
-    return not recipe.model.path.startswith("starter/") and not Path(recipe.model.path).is_dir()
+    """Whether the base of an adapter is a model that others can fetch as it is."""
+    local = recipe.model.path.startswith("starter/") or Path(recipe.model.path).is_dir()
+    return not local and not recipe.model.new_tokens
 
 
 def chosen(directory: Path, step: int | None = None) -> Checkpoint:
@@ -81,7 +83,7 @@ def chosen(directory: Path, step: int | None = None) -> Checkpoint:
 
 
 def _open_model(settings: Model, place: torch.device, adapters: Lora | None = None) -> tuple[Student, Served]:
-    directory = places.model_directory(settings.path, settings.revision)
+    directory = places.directory_of(settings)
     return load.load(directory, settings, place, adapters=adapters), served.load(served.serving(settings, directory))
 
 

@@ -11,3 +11,21 @@ def reasoning(row: dict) -> dict:
         {"role": "user", "content": asked},
         {"role": "assistant", "reasoning_content": steps.strip(), "content": f"#### {result.strip()}"},
     ]}
+
+
+def one_step(row: dict) -> dict | None:
+    """Only problems that are solved in one calculation; others are dropped."""
+    return _of_steps(row, 1)
+
+
+def two_steps(row: dict) -> dict | None:
+    """Only problems that are solved in two calculations; others are dropped."""
+    return _of_steps(row, 2)
+
+
+def _of_steps(row: dict, steps: int) -> dict | None:
+    if row["answer"].count("<<") != steps:
+        return None
+    return {"messages": [
+        {"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]},
+    ]}

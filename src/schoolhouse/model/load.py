@@ -149,6 +149,8 @@ def load(
     families.refuse(model)
     if adapters is not None:
         lora.inject(model, adapters)
+    if settings.new_tokens:
+        lora.refuse_frozen_words(model)
     if settings.liger:
         kernels.fuse(model, place)
     model.to(place).train()

@@ -66,6 +66,19 @@ def inject(model: PreTrainedModel, settings: Lora) -> None:
         model.get_submodule(name).requires_grad_(True)
 
 
+def refuse_frozen_words(model: PreTrainedModel) -> None:
+    """Raise ConfigError where new tokens would never learn: their rows are frozen in the embeddings or the head."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if not all(one.requires_grad for one in module.parameters()):
+            names = [_name_of(model, one) for one in (model.get_input_embeddings(), model.get_output_embeddings())]
+            raise ConfigError(
+                f"model.new_tokens, and {_name_of(model, module)} is frozen", where="model.new_tokens",
+                required="embeddings and head that are trained, or the new tokens stay the mean of all others",
+                remedy="set lora.modules_to_save: "
+                f"[{', '.join(dict.fromkeys(name.rsplit('.', 1)[-1] for name in names))}], or freeze no language part",
+            )
+
+
 def config(model: PreTrainedModel, settings: Lora, base: str | None = None) -> LoraConfig:
     """PEFT's own configuration, for a plain model whose directory or hub id is `base`."""
     from peft import LoraConfig
