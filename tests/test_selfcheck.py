@@ -79,6 +79,25 @@ def test_the_command_prints_every_line(capsys: pytest.CaptureFixture[str], tmp_p
     assert printed.count("agrees") == 14 and "layers.*.self_attn.q_proj.weight" in printed
 
 
+def test_adapters_are_compared_where_they_are_not_zero() -> None:
+    """Fresh adapters have second factors of zeros, and first factors with no gradient at all: both are moved first."""
+    recipe = Recipe.model_validate({**RECIPE, "lora": {"rank": 4, "dora": True}})
+    lines = selfcheck.selfcheck(recipe, rows=3)
+    selfcheck.refuse(lines, "test")
+    longest = max(line.plain for line in lines if line.what != "loss")
+    factors = [line for line in lines if "lora_" in line.what]
+    assert len(factors) == 3 * 7 and all(line.plain > 1e-3 * longest for line in factors)
+
+
+def test_adapters_agree_on_two_processes(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: starter/qwen3\ndata: {train: starter/recall, workers: 1}\nlora: {rank: 3}\n")
+    words = ["selfcheck", str(path), "--rows", "2", "--nproc", "2", "parallel.shard=2"]
+    done = subprocess.run([sys.executable, "-m", "schoolhouse", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("agrees") == 15 and "differs" not in done.stdout
+
+
 def gradients(scale: float = 1.0, noise: float = 0.0) -> tuple[float, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(3)
     made = {f"model.layers.{index}.{name}": torch.randn(40, generator=generator) for index in range(3) for name in "ab"}

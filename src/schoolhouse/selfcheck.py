@@ -16,6 +16,7 @@ gradient is shorter than a thousandth of the longest (a bias that the softmax ig
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from schoolhouse import places, train
 from schoolhouse.config import Recipe
@@ -53,6 +55,9 @@ WIDTH = 110
 """Columns of the printed table, wide enough for a parameter's name."""
 NOTHING = 1e-6
 """A loss or a gradient of this size is none."""
+
+STIRRED = 0.02
+"""The size of what adapters are moved by."""
 
 Gradients = Mapping[str, Tensor]
 Group = tuple[float, float]
@@ -130,6 +135,24 @@ def _first_rows(recipe: Recipe, serving: Serving, rows: int) -> Store:
     return prepare.prepare(recipe.data, Choice((source,)), serving, served.rules(recipe))
 
 
+@torch.no_grad()
+def stir(model: nn.Module) -> None:
+    """Move the adapters' second factors, the same way on every layout: they begin as zeros, and while they are zeros
+    the first factors have no gradient to compare."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+            whole = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * STIRRED
+            held = whole if not isinstance(parameter, DTensor) else _part(whole, parameter)
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).add_(held.to(parameter.device))
+
+
+def _part(whole: Tensor, like: DTensor) -> Tensor:
+    """What this process holds of a tensor that is cut as `like` is."""
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+
+
 # ---- the two ways --------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +163,7 @@ def as_a_run_does(
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"precision": precision})})
     torch.manual_seed(recipe.seed)
     student, _ = spread.proved(directory, recipe, load.device(recipe.device, mesh.place.local), mesh, seeing)
+    stir(student.model)
     optimizer = Optimizer(student.model, recipe.optim, precision if mesh.world == 1 else "float32")
     student.eval()
     student.teaching = Teaching()  # the plain loss: the other way knows no noise, smoothing or balance
@@ -166,6 +190,7 @@ def plainly(
     """Loss and gradients as plainly as they can be written, from the same weights, computed in `arithmetic`."""
     torch.manual_seed(recipe.seed)
     model = load.load(directory, recipe.model, load.device(recipe.device), recipe.lora).model
+    stir(model)
     model.set_attn_implementation("eager")
     model.eval()
     if precision != "float32":
