@@ -20,7 +20,7 @@ from pathlib import Path
 import throughput as shared
 
 GIB = 2**30
-RATE = 1e-5
+RATE = shared.LEARNING_RATE
 CONFIGURATION = {
     "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4_864, "num_hidden_layers": 24,
     "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
