@@ -176,8 +176,17 @@ class Lora(Section):
     """Multiply with alpha / sqrt(rank): large ranks learn as they should (rsLoRA)."""
     dora: Switch = False
     """Also learn the length of each row of a matrix (DoRA)."""
+    base: Literal["stored", "nf4"] = "stored"
+    """Frozen matrices beside adapters: as the model's files have them, or in 4 bits (`nf4`, QLoRA) by torchao,
+    `schoolhouse[qlora]`. One process; a merged export adds the adapters to those 4-bit values."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapters, e.g. `[embed_tokens]`; tied embeddings stay tied."""
+
+    @model_validator(mode="after")
+    def _plain_beside_four_bits(self) -> Lora:
+        if self.base == "nf4" and self.dora:
+            raise ValueError("dora needs the lengths of whole rows: leave base=nf4 or dora out")
+        return self
 
 
 class Batch(Section):

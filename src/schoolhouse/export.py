@@ -21,7 +21,7 @@ from torch import Tensor
 from schoolhouse.config import Lora
 from schoolhouse.data.served import Served
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.model import load, lora
+from schoolhouse.model import fourbit, load, lora
 from schoolhouse.model.lora import Adapted
 
 MARK = "schoolhouse_export.txt"
@@ -163,7 +163,8 @@ def _new(piece: _Piece | None, old: Tensor, adapters: Mapping[str, Adapted], tra
     if piece.tensor in adapters:
         one = adapters[piece.tensor]
         if piece.expert is None:
-            return lora.merged(old, one, trained.weights, trained.lora)
+            beside = fourbit.rounded(old) if trained.lora.base == "nf4" and not one.embedding else old
+            return lora.merged(beside, one, trained.weights, trained.lora).to(old.dtype)
         delta = lora.delta(one, trained.weights, trained.lora, piece.expert)
         return (old.to(delta.dtype) + (delta if piece.half is None else delta.chunk(2)[piece.half])).to(old.dtype)
     return old

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from schoolhouse.config import Optim
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import eightbit, lora, sight
+from schoolhouse.model import eightbit, fourbit, lora, sight
 from schoolhouse.model.muon import Muon
 from schoolhouse.parallel import fsdp
 
@@ -191,7 +191,8 @@ def warmup_steps(settings: Optim, steps: int) -> int:
 def _narrow(model: nn.Module) -> None:
     """Parameters to bfloat16; buffers (rotary frequencies) keep the precision their author chose."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        if not fourbit.is_narrow(parameter):
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _move_gradient(master: Tensor):

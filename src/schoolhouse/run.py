@@ -28,7 +28,7 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.model import load, lora, spread
+from schoolhouse.model import fourbit, load, lora, spread
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel.mesh import Mesh
@@ -276,7 +276,7 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
     in_force = {
         "student": f"{type(model).__name__}, {parameters / 1e6:,.2f} M parameters, "
         f"{trainable / parameters:.2%} trained",
-        "way": lora.describe(model, recipe.lora) if recipe.lora else "full fine-tuning",
+        "way": lora.describe(model, recipe.lora) + fourbit.describe(model) if recipe.lora else "full fine-tuning",
         "precision": f"{recipe.model.precision}, masters and moments float32" if recipe.model.precision == "bfloat16"
         else "float32",
         "objective": run.student.teaching.describe(),

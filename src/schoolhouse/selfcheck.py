@@ -39,7 +39,7 @@ from schoolhouse.data.served import Serving
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ModelError
-from schoolhouse.model import load, sight, spread
+from schoolhouse.model import fourbit, load, sight, spread
 from schoolhouse.model.teaching import Teaching
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel.mesh import ALONE, Mesh
@@ -215,6 +215,8 @@ def _round(model: nn.Module) -> None:
     """The weights of float32 rounded to bfloat16: what both ways begin with."""
     with torch.no_grad():
         for parameter in model.parameters():
+            if fourbit.is_narrow(parameter):
+                continue
             parameter.copy_(parameter.to(torch.bfloat16))
 
 

@@ -17,7 +17,7 @@ from schoolhouse.config import Lora, Model
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
-from schoolhouse.model import attention, families, kernels, lora, sight, teaching
+from schoolhouse.model import attention, families, fourbit, kernels, lora, sight, teaching
 from schoolhouse.model.teaching import Drawn, Span, Teaching
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
@@ -149,6 +149,8 @@ def load(
     families.refuse(model)
     if adapters is not None:
         lora.inject(model, adapters)
+        if adapters.base == "nf4":
+            fourbit.narrow(model, place)
     if settings.new_tokens:
         lora.refuse_frozen_words(model)
     if settings.liger:

@@ -35,6 +35,11 @@ def proved(
         student.teaching = teaching.teaching(recipe.train, student.model)
         return student, load.prove(student, seeing)
     _refuse(directory, mesh)
+    if recipe.lora is not None and recipe.lora.base == "nf4":
+        raise MeshError(
+            f"lora.base=nf4 with {mesh.world} processes", required="one process: 4-bit blocks are not cut",
+            where="lora.base", remedy="leave lora.base out, or train with one process",
+        )
     whole = load.load(directory, recipe.model, torch.device("cpu"), recipe.lora, number=stored(directory))
     found = None
     if mesh.is_first:
