@@ -78,7 +78,8 @@ def validation(
     started = time.perf_counter()
     mesh = student.mesh
     sums = torch.zeros(4, dtype=torch.float64, device=student.device)
-    packs = plan.partition(store.lengths, batch_tokens, mesh.data_ranks)[mesh.data_rank :: mesh.data_ranks]
+    every = plan.partition(store.lengths, batch_tokens, mesh.data_ranks, store.patches)
+    packs = every[mesh.data_rank :: mesh.data_ranks]
     seen = loader.pixels(store, packs, seeing, len(store), student.device)
     with _evaluating(student):
         for pack in packs:

@@ -155,12 +155,14 @@ class Vision:
     """The images of a micro-batch, ready for the model's vision tower, in the order of their tokens."""
 
     pixels: torch.Tensor
-    """f32[P, …] patches of all images end to end, or f32[I, 3, height, width]: as the model's own processor gives."""
+    """f32[P, …] patches of images end to end, as the model's own processor gives: of all, or of this process's."""
     grid: torch.Tensor
     """i64[I, 3]: patches of each image in time, height and width."""
     real: bool = True
     """Whether the text has places for them. A micro-batch without images carries one blank patch that is given the
     weight 0, so that every process runs its vision tower in every micro-batch."""
+    shares: tuple[tuple[int, ...], ...] | None = None
+    """The images that each process of a Ulysses group encodes; None where one encodes all."""
     part: tuple[int, int] | None = None
     """Start and length of the sequence's part that this process goes on with once features are in their places."""
 

@@ -168,3 +168,21 @@ def test_position_is_the_state_of_the_stream() -> None:
     assert plan.steps_per_epoch == 3
     stands = [plan.position(index) for index in (0, 2, 3, 7)]
     assert stands == [Position(0, 0), Position(0, 2), Position(1, 3), Position(2, 7)]
+
+
+@QUICK
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 400)), min_size=8, max_size=60), st.integers(1, 4))
+def test_packs_are_balanced_by_tokens_and_patches_together(pairs: list[tuple[int, int]], ranks: int) -> None:
+    """Where all fits, no pack is dearer than the mean and the dearest example; without patches nothing changes."""
+    lengths, patches = (np.asarray(values, dtype=np.int64) for values in zip(*pairs, strict=True))
+    packs = plans.partition(lengths, 10_000, ranks, patches)
+    costs = lengths * (1 + lengths / plans.ATTENTION_LENGTH) + patches * plans.PATCH
+    assert sorted(one for pack in packs for one in pack) == list(range(len(lengths)))
+    assert max(costs[pack].sum() for pack in packs) <= costs.sum() / ranks + costs.max() + 1e-9
+    assert plans.partition(lengths, 200, ranks) == plans.partition(lengths, 200, ranks, np.zeros_like(patches))
+
+
+def test_images_and_text_are_spread_over_the_ranks() -> None:
+    """Two examples of equal length, one of them with most of the work: it is alone, and the text is with the rest."""
+    packs = plans.partition(np.asarray([50, 50, 20, 20]), 200, 2, np.asarray([1000, 0, 0, 0]))
+    assert sorted(map(sorted, packs)) == [[0], [1, 2, 3]]

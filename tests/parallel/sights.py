@@ -51,18 +51,43 @@ def compare(family: str, kind: str, layout: group.Layout, frozen: tuple[str, ...
     return worst
 
 
-CASES: dict[str, Callable[[], float]] = {
-    f"{family}, {kind}, {'x'.join(map(str, layout))}": functools.partial(compare, family, kind, layout)
-    for family, kind, layout in (
-        ("qwen3_vl", "one rank blind", (1, 2, 1)), ("qwen3_vl", "one rank blind", (2, 1, 1)),
-        ("qwen3_vl", "mixed", (1, 1, 2)), ("qwen3_vl", "text", (1, 1, 2)), ("qwen3_vl", "text", (1, 2, 1)),
-        ("qwen3_vl_moe", "mixed", (1, 1, 2)), ("qwen2_5_vl", "mixed", (1, 1, 2)),
-    )
-}
-CASES["frozen vision, 1x2x1"] = functools.partial(compare, "qwen3_vl", "one rank blind", (1, 2, 1), ("vision",))
-CASES["frozen vision, 1x1x2"] = functools.partial(compare, "qwen3_vl", "mixed", (1, 1, 2), ("vision",))
+def encoded(layout: group.Layout) -> list[int]:
+    """Patches that all vision towers were shown in a step, those of the rows, and the most that one process had more
+    than another."""
+    one, seeing, mesh = student(), eyes(), group.mesh(layout)
+    rows = examples(seeing, IMAGES["mixed"], seed=7)
+    placed, seen = Student(one.model, mesh), []
+    placed.model.model.visual.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(args[0])),
+                                                        with_kwargs=True)
+    fsdp.shard(placed, mesh, torch.float64, offload=False)
+    with TrueFloat64(), tempfile.TemporaryDirectory() as place:
+        mine = step(stored(rows, Path(place)), [[0, 1, 2, 3, 4, 5]], seeing, mesh.data_rank, mesh.data_ranks)
+        train.compute_gradient(placed, mine, seed=0)
+    every = mesh.gather(sum(seen))
+    wanted = sum(height * width for row in rows for _, height, width in [image.grid for image in row.vision])
+    return [sum(every), wanted, max(every) - min(every)]
+
+
+def named(world: int) -> dict[str, Callable[[], float | list[int]]]:
+    """Every case for `world` processes, by name."""
+    if world == 4:
+        layouts = [(1, 2, 2), (2, 1, 2), (1, 1, 4)]
+        chosen = [("qwen3_vl", "one rank blind", one) for one in layouts]
+    else:
+        chosen = [
+            ("qwen3_vl", "one rank blind", (1, 2, 1)), ("qwen3_vl", "one rank blind", (2, 1, 1)),
+            ("qwen3_vl", "mixed", (1, 1, 2)), ("qwen3_vl", "text", (1, 1, 2)), ("qwen3_vl", "text", (1, 2, 1)),
+            ("qwen3_vl_moe", "mixed", (1, 1, 2)), ("qwen2_5_vl", "mixed", (1, 1, 2)),
+        ]
+    cases = {f"{family}, {kind}, {'x'.join(map(str, layout))}": functools.partial(compare, family, kind, layout)
+             for family, kind, layout in chosen}
+    if world == 2:
+        for layout, kind in (((1, 2, 1), "one rank blind"), ((1, 1, 2), "mixed")):
+            for frozen in (("vision",), ("language",)):
+                name = f"frozen {frozen[0]}, {'x'.join(map(str, layout))}"
+                cases[name] = functools.partial(compare, "qwen3_vl", kind, layout, frozen)
+    return {**cases, "encoded": functools.partial(encoded, (1, 1, world))}
 
 
 if __name__ == "__main__":
-    assert os.environ["WORLD_SIZE"] == "2"
-    group.main(CASES)
+    group.main(named(int(os.environ["WORLD_SIZE"])))

@@ -83,7 +83,7 @@ class Student(nn.Module):
                 use_cache=False,
                 layout=attention.layout(part.boundaries, part.input_ids.device, self.exchange),
                 **({"output_router_logits": True} if added.balance else {}),
-                **sight.inputs(self.model, part.vision),
+                **sight.inputs(self.model, part.vision, part.input_ids, self.exchange),
             )
         found = loss.linear_cross_entropy(
             out.last_hidden_state, self.head, part.labels, part.weights, part.targets, added.smoothing

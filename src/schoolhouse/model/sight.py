@@ -6,12 +6,14 @@ here as long as its forward takes `pixel_values`. A micro-batch without images s
 its features with weight 0: so every process runs the same modules in the same order (sharded parameters are gathered
 by all or none), and each parameter has a gradient, of zeros, whichever process computes it.
 
-With Ulysses every process of a group encodes all images of the micro-batch, and its language model goes on with a part
-of the embeddings: gradients of the tower are then sums of what reaches each part, added like all others.
+With Ulysses each process of a group encodes its share of the images, balanced by their patches; features are exchanged,
+all of them are put into the embeddings of the whole sequence here (as the model's own forward does it, without pixels),
+and the language model goes on with a part of these. Backward brings the gradients of all parts back to whoever encoded.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from schoolhouse.data import vision as sights
 from schoolhouse.errors import ConfigError
+from schoolhouse.parallel.ulysses import Exchange
 from schoolhouse.types import Vision
 
 PLACED_BY_GRID = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
@@ -33,6 +36,8 @@ PARTS = {
 """The parameters of each part, by how their names begin; a projector inside the vision tower is no part of it."""
 BLANK = "blank"
 """The argument that carries the blank image through the model's forward to its language model."""
+SHARED = "shared"
+"""The argument that carries the images of a Ulysses group through the model's forward to its language model."""
 PART = "part"
 """The argument that carries the start and the length of this process's part of the sequence."""
 
@@ -62,19 +67,61 @@ def prepare(model: PreTrainedModel) -> None:
     model.model.language_model.register_forward_pre_hook(_Before(model.model), with_kwargs=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The images of a micro-batch whose encoding is divided among the processes of a Ulysses group."""
+
+    vision: Vision
+    places: torch.Tensor
+    """bool[1, S]: the tokens of the whole sequence that are visual."""
+    exchange: Exchange
+
+
 class _Before:
-    """Before the language model: a blank image's features are added with weight 0, and a part of all is taken."""
+    """Before the language model: a blank image's features are added with weight 0, shared images' features are put
+    into their places, and a part of all is taken."""
 
     def __init__(self, owner: nn.Module) -> None:
         self._owner = owner
 
     def __call__(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        blank = kwargs.pop(BLANK, None)
+        blank, shared = kwargs.pop(BLANK, None), kwargs.pop(SHARED, None)
         if blank is not None:
             seen = self._owner.get_image_features(**blank, return_dict=True)
-            kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * _total(seen)
+            kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * sum(one.sum() for one in _features(seen))
+        if shared is not None:
+            kwargs |= _placed(kwargs["inputs_embeds"], shared, _gathered(self._owner, shared))
         part = kwargs.pop(PART, None)
         return args, kwargs if part is None else {**kwargs, **_taken(kwargs, *part)}
+
+
+def _features(seen: Any) -> list[torch.Tensor]:
+    """[tokens, D] of a vision tower's output, and as much for each layer that DeepStack features are added in."""
+    every = [seen.pooler_output, *seen.get("deepstack_features", ())]
+    return [torch.cat(one) if isinstance(one, tuple | list) else one for one in every]
+
+
+def _gathered(owner: nn.Module, shared: Shared) -> list[torch.Tensor]:
+    """The features of all images in the order of their tokens; this process encodes its share."""
+    vision, exchange, merged = shared.vision, shared.exchange, owner.visual.spatial_merge_size
+    own, grid = vision.shares[exchange.peers.rank()], vision.grid
+    pixels, shown = vision.pixels, grid[list(own)]
+    if not own:  # it runs its tower too: a blank patch, whose features go nowhere
+        pixels, shown = pixels.new_zeros(merged**2, pixels.shape[1]), grid.new_tensor([[1, merged, merged]])
+    seen = _features(owner.get_image_features(pixel_values=pixels, image_grid_thw=shown, return_dict=True))
+    tokens = (grid.prod(1) // merged**2).tolist()
+    sizes = [sum(tokens[image] for image in images) for images in vision.shares]
+    came = [image for images in vision.shares for image in images]
+    rows = exchange.gather(torch.cat(seen, 1)[: sizes[exchange.peers.rank()]], sizes)
+    pieces = dict(zip(came, rows.split([tokens[image] for image in came]), strict=True))
+    return list(torch.cat([pieces[image] for image in range(len(came))]).chunk(len(seen), 1))
+
+
+def _placed(embeddings: torch.Tensor, shared: Shared, features: list[torch.Tensor]) -> dict[str, Any]:
+    """What the language model is given with features in their places."""
+    first, *deep = (one.to(embeddings.dtype) for one in features)
+    found: dict[str, Any] = {"inputs_embeds": embeddings.masked_scatter(shared.places.unsqueeze(-1), first)}
+    return {**found, "visual_pos_masks": shared.places, "deepstack_visual_embeds": deep} if deep else found
 
 
 def _taken(kwargs: dict[str, Any], start: int, length: int) -> dict[str, Any]:
@@ -89,17 +136,14 @@ def _taken(kwargs: dict[str, Any], start: int, length: int) -> dict[str, Any]:
     return found
 
 
-def _total(seen: Any) -> torch.Tensor:
-    """A number that hangs on all features of a vision tower's output, DeepStack's included."""
-    features = [seen.pooler_output, *seen.get("deepstack_features", ())]
-    flat = [tensor for one in features for tensor in (one if isinstance(one, tuple | list) else [one])]
-    return sum(tensor.sum() for tensor in flat)
-
-
-def inputs(model: PreTrainedModel, vision: Vision | None) -> dict[str, Any]:
-    """The images of a micro-batch as arguments of the model's forward."""
+def inputs(
+    model: PreTrainedModel, vision: Vision | None, ids: torch.Tensor | None = None, exchange: Exchange | None = None
+) -> dict[str, Any]:
+    """The images of a micro-batch as arguments of the model's forward; shared ones with the tokens and the exchange."""
     if vision is None:
         return {}
+    if vision.shares is not None:
+        return {SHARED: Shared(vision, ids == model.config.image_token_id, exchange), PART: vision.part}
     given: dict[str, Any] = {"pixel_values": vision.pixels}
     if model.config.model_type in PLACED_BY_GRID:
         given["image_grid_thw"] = vision.grid

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,14 +24,15 @@ from torch import Tensor
 
 from schoolhouse.errors import MeshError
 from schoolhouse.parallel.mesh import Mesh
-from schoolhouse.types import UNSUPERVISED, MicroBatch
+from schoolhouse.types import UNSUPERVISED, MicroBatch, Vision
 
 
 def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
     """This process's part [1, S / U] of a micro-batch; `boundaries` stay those of the whole, padded sequence.
 
     The sequence is padded to a multiple of U by an example of its own that nothing is learnt from. Of a micro-batch for
-    a model that sees, the model itself takes this process's part of the embeddings, with the images' features in them.
+    a model that sees, the images are shared out; the model itself exchanges their features, puts them into the
+    embeddings of the whole sequence, and takes this process's part of these.
     """
     if mesh.ulysses == 1:
         return micro
@@ -48,14 +49,35 @@ def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
     if missing:
         padded[..., whole:] = torch.arange(missing, device=padded.device)
     ids, positions, vision = part(micro.input_ids, 0), padded[..., start : start + length], micro.vision
-    if vision is not None:  # features go into their places first: every process sees all images and all tokens
+    if vision is not None:  # features go into their places first: every process sees all tokens
         ids, positions = torch.nn.functional.pad(micro.input_ids, (0, missing)), padded
-        vision = dataclasses.replace(vision, part=(start, length))
+        vision = dataclasses.replace(_shared_out(vision, mesh), part=(start, length))
     return dataclasses.replace(
         micro, input_ids=ids, labels=part(micro.labels, UNSUPERVISED), vision=vision,
         weights=part(micro.weights, 0), positions=positions,
         boundaries=(*micro.boundaries, whole + missing) if missing else micro.boundaries, targets=inside - start,
     )
+
+
+def _shared_out(vision: Vision, mesh: Mesh) -> Vision:
+    """The images of a micro-batch with the pixels of this process's share of them."""
+    if not vision.real:
+        return vision
+    patches = vision.grid.prod(1).tolist()
+    shared = shares(patches, mesh.ulysses)
+    own = [vision.pixels.split(patches)[image] for image in shared[mesh.ulysses_rank]]
+    return dataclasses.replace(vision, pixels=torch.cat([vision.pixels[:0], *own]), shares=shared)
+
+
+def shares(costs: Sequence[int], degree: int) -> tuple[tuple[int, ...], ...]:
+    """Which images each of `degree` processes encodes: the dearest first, each to the one that has least to do."""
+    taken: list[list[int]] = [[] for _ in range(degree)]
+    loads = [0] * degree
+    for image in sorted(range(len(costs)), key=lambda one: -costs[one]):
+        least = loads.index(min(loads))
+        taken[least].append(image)
+        loads[least] += costs[image]
+    return tuple(tuple(sorted(images)) for images in taken)
 
 
 def refuse_heads(heads: int, degree: int) -> None:
@@ -115,6 +137,10 @@ class Exchange:
         received = _AllToAll.apply(attended.unflatten(0, (self.degree, -1)), self)
         return received.transpose(0, 1).flatten(1, 2)
 
+    def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The rows of all processes, in the order of their ranks; `sizes` says how many each of them has."""
+        return _Gather.apply(rows, self, list(sizes))
+
     def own_heads(self, values: Tensor) -> Tensor:
         """The part [H / U, …] of per-head values [H, …] that belongs to this process's heads."""
         return values.chunk(self.degree)[self.peers.rank()]
@@ -128,6 +154,14 @@ class Exchange:
         self.sent += values.numel() * values.element_size() * (self.degree - 1) // self.degree
         return received
 
+    def rows(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """The rows that come when each process sends the next `sent` of its `values` to each, `received` from each."""
+        values = values.contiguous()
+        found = values.new_empty(sum(received), *values.shape[1:])
+        dist.all_to_all_single(found, values, list(received), list(sent), group=self.peers)
+        self.sent += values.nbytes - values[: sent[self.peers.rank()]].nbytes
+        return found
+
 
 class _AllToAll(torch.autograd.Function):
     """An all-to-all is its own transpose: backward is the same."""
@@ -140,6 +174,20 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return ctx.exchange.all_to_all(grad), None
+
+
+class _Gather(torch.autograd.Function):
+    """Everyone's rows to everyone; backward adds up what reached a process's rows anywhere."""
+
+    @staticmethod
+    def forward(ctx, rows, exchange, sizes):
+        ctx.exchange, ctx.sizes, ctx.own = exchange, sizes, [len(rows)] * exchange.degree
+        return exchange.rows(torch.cat([rows] * exchange.degree), ctx.own, sizes)
+
+    @staticmethod
+    def backward(ctx, grad):
+        received = ctx.exchange.rows(grad, ctx.sizes, ctx.own)
+        return received.unflatten(0, (ctx.exchange.degree, -1)).sum(0), None, None
 
 
 def exchange(mesh: Mesh) -> Exchange | None:
