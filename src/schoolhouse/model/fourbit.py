@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from schoolhouse.errors import ConfigError
@@ -68,8 +69,8 @@ def bytes_of(weight: Tensor) -> int:
 
 
 def is_narrow(weight: Tensor) -> bool:
-    """Whether a parameter is kept in another format than torch's own."""
-    return type(weight.data) is not Tensor
+    """Whether a parameter is kept in another format than torch's own; a part of one that is cut is not."""
+    return type(weight.data) not in (Tensor, DTensor)
 
 
 def _four_bits(weight: Tensor, name: str) -> Tensor:
