@@ -23,7 +23,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 HEAVY = ("torch", "transformers")
 
 LAYERS = (
-    ("errors", "types", "config", "recipe", "places", "enlarge", "starter"),
+    ("errors", "types", "config", "recipe", "places", "enlarge", "orphans", "starter"),
     ("data", "parallel"),
     ("loss", "model", "optim", "graders", "memory", "stopping"),
     ("checkpoint", "saving", "evaluate", "record", "screen", "overview", "export", "proof", "report"),

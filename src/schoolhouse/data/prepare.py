@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from schoolhouse import places
+from schoolhouse import orphans, places
 from schoolhouse.config import Data, Rows, Source
 from schoolhouse.data import account, choose, formats, images, served, sources, store, tokens, vision
 from schoolhouse.data.account import Tally
@@ -117,7 +117,8 @@ def _map(work: Callable[[Chunk], Any], chunks: Iterator[Chunk], workers: int) ->
 
 
 def _alone() -> None:
-    """One thread a worker: the processes are the parallelism."""
+    """One thread a worker: the processes are the parallelism. None outlives the process that waits for its work."""
+    orphans.live_no_longer_than(multiprocessing.parent_process().pid)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

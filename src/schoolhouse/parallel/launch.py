@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
+from schoolhouse import orphans
 from schoolhouse.errors import PeerError, Stopped
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 OFFICE = "SCHOOLHOUSE_OFFICE"
 """The variable that names the directory in which a launcher and its workers leave word for one another."""
+LAUNCHER = "SCHOOLHOUSE_LAUNCHER"
+"""The variable that names the launcher's process, whose end is the end of its workers."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """The agent's variable: where a worker writes why it failed."""
 STOP, STOPPED = "stop", "stopped"
@@ -51,7 +54,7 @@ def launch(processes: int, restarts: int, words: Sequence[str]) -> int:
     from torch.distributed.launcher.api import elastic_launch
 
     with tempfile.TemporaryDirectory(prefix="schoolhouse-") as office:
-        os.environ[OFFICE] = office
+        os.environ[OFFICE], os.environ[LAUNCHER] = office, str(os.getpid())
         several = "PET_RDZV_ENDPOINT" in os.environ or "PET_MASTER_ADDR" in os.environ
         here = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
         options = torchrun.get_args_parser().parse_args([
@@ -89,6 +92,7 @@ def attend() -> None:
         sys.excepthook = _report_unexpected
     office = os.environ.get(OFFICE)
     if office is not None and "RANK" in os.environ:
+        orphans.live_no_longer_than(int(os.environ[LAUNCHER]))
         path = Path(office) / f"worker-{os.environ['LOCAL_RANK']}"
         (path.parent / STOPPED).unlink(missing_ok=True)  # of a worker that ended because its peer had died
         path.write_text(str(os.getpid()), encoding="utf-8")
