@@ -49,7 +49,8 @@ class Source(Rows):
     """One place rows come from. Its row settings stand in front of those of `data`."""
 
     path: str
-    """A `.jsonl`, `.json`, `.parquet` or `.csv` file, a saved data set, `starter/…`, or a hub `name:config:split`."""
+    """A `.jsonl`, `.json`, `.parquet`, `.arrow` or `.csv` file, a saved data set, `starter/…`, or a hub
+    `name:config:split`."""
     limit: PositiveInt | None = None
     """Read only this many rows, from the beginning."""
     proportion: PositiveFloat | None = None

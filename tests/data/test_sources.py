@@ -52,6 +52,10 @@ def write(directory, suffix):
     path = directory / f"rows{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif suffix == ".arrow":
+        table = pa.Table.from_pylist(ROWS)
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
     elif suffix == ".csv":
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ROWS[0])
@@ -210,6 +214,9 @@ def test_memory_is_flat(tmp_path, suffix, least):
         ("a.csv", b"a,a\n1,2\n", ":1", "twice"),
         ("a.csv", b"a,b\n1,\xff\n", "", "cannot be read"),
         ("a.parquet", b"PAR1 this is none", "", "cannot be read"),
+        ("a.arrow", b"ARROW1 this is none", "", "cannot be read"),
+        ("a.arrow", b"this is none", "", "cannot be read"),
+        ("a.arrow", b"", "", "cannot be read"),
         ("a.jsonl.gz", b"no gzip", "", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-9], "", "cannot be read"),
     ],
@@ -222,7 +229,9 @@ def test_a_fault_of_the_whole_file_is_raised(tmp_path, name, content, place, fou
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz"]), st.binary(), st.integers(0, 500))
+@given(
+    st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".arrow", ".jsonl.gz"]), st.binary(), st.integers(0, 500)
+)
 def test_any_damage_is_a_data_error(tmp_path_factory, suffix, garbage, place):
     path = write(tmp_path_factory.getbasetemp(), suffix)
     whole = path.read_bytes()

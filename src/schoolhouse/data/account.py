@@ -92,7 +92,7 @@ class Account:
         total.bad += tally.bad
         total.faults += tally.faults[: SHOWN_FAULTS - len(total.faults)]
         for file, lines in ((self._dropped, tally.dropped), (self._bad, tally.set_aside)):
-            file.writelines(json.dumps(line, ensure_ascii=False, default=repr) + "\n" for line in lines)
+            file.writelines(json.dumps(line, ensure_ascii=False, default=_named) + "\n" for line in lines)
 
     def close(self, data: Data, not_drawn: Mapping[str, int], names: Sequence[str]) -> Ledger:
         """The ledger; raises DataError where more rows are bad than may be, or none is left."""
@@ -109,6 +109,11 @@ class Account:
         )
         assert ledger.rows == ledger.kept + sum(ledger.dropped.values()), ledger
         return ledger
+
+
+def _named(value: object) -> str:
+    """What stands for a value that is no JSON: encoded images would fill the file with what nobody can read."""
+    return f"<{len(value):,} bytes>" if isinstance(value, bytes | bytearray | memoryview) else repr(value)
 
 
 def _faulty(tally: Tally, data: Data) -> DataError:

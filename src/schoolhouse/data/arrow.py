@@ -19,8 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
-ERRORS = (pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError)
-"""What reading damaged tables raises."""
+ERRORS = (pa.ArrowException, ValueError)
+"""What reading damaged tables raises; a ValueError for broken UTF-8, broken JSON, and a field that is there twice."""
 
 _Mend = Callable[[Any], Any]
 _CONTENT = ("role", "from", "content", "value")

@@ -1,4 +1,4 @@
-"""The rows of one file: `.jsonl`, `.ndjson` (also `.gz`), `.json`, `.csv` and `.parquet`.
+"""The rows of one file: `.jsonl`, `.ndjson` (also `.gz`), `.json`, `.csv`, `.parquet` and `.arrow`.
 
 All but `.json` are streamed: memory holds one line, one CSV row, or one batch of Arrow rows. A bad row is handed on as
 a DataError in its place, so that the reader goes on; a fault of the whole file is raised.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schoolhouse.data import arrow
@@ -25,7 +26,10 @@ LONGEST_LINE = 64 * 2**20
 """Bytes of the longest line of a `.jsonl` file, characters of the longest cell of a `.csv` file; a longer one is a bad
 row, and is never held in memory as a whole."""
 BATCH = 256
-"""Rows of a `.parquet` file in memory at a time."""
+"""Rows of a `.parquet` or `.arrow` file in memory at a time."""
+
+ARROW = b"ARROW1"
+"""What a file in Arrow's file format begins with."""
 
 
 def kind(path: Path) -> str | None:
@@ -172,8 +176,30 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[int, Row]]:
                 yield number, row
 
 
+def _arrow(path: Path, name: str) -> Iterator[tuple[int, Row]]:
+    """Arrow's file format, or its stream format, which the datasets library writes; mapped, not read as a whole."""
+    number = 0
+    with pa.memory_map(str(path)) as file:
+        for batch in _arrow_batches(file):
+            batch.validate(full=True)  # offsets of a damaged file would be followed out of the map
+            for start in range(0, batch.num_rows, BATCH):
+                for row in arrow.rows(batch.slice(start, BATCH)):
+                    number += 1
+                    yield number, row
+
+
+def _arrow_batches(file: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+    whole = file.size() >= len(ARROW) and file.read(len(ARROW)) == ARROW
+    file.seek(0)
+    if whole:
+        reader = pa.ipc.open_file(file)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        yield from pa.ipc.open_stream(file)
+
+
 READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Row]]]] = {
     ".jsonl": _jsonl, ".ndjson": _jsonl, ".jsonl.gz": _jsonl, ".ndjson.gz": _jsonl,
-    ".json": _json, ".csv": _csv, ".parquet": _parquet,
+    ".json": _json, ".csv": _csv, ".parquet": _parquet, ".arrow": _arrow,
 }
 """The reader of each suffix."""

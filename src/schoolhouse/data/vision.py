@@ -285,11 +285,6 @@ def _processor(directory: Path, most_tokens: int | None) -> BaseImageProcessor:
         ) from None
     if most_tokens is None:
         return made
-    if "longest_edge" not in made.size:
-        raise ConfigError(
-            "the model sees every image with the same number of tokens", required="no model.image_tokens",
-            where="model.image_tokens", remedy="remove it",
-        )
     unit = (made.patch_size * made.merge_size) ** 2
     made.size = {"shortest_edge": min(made.size["shortest_edge"], most_tokens * unit),
                  "longest_edge": min(made.size["longest_edge"], most_tokens * unit)}
