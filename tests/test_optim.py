@@ -413,3 +413,13 @@ def test_eight_bits_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eightbit, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="torchao is not installed"):
         Optimizer(wide(), Optim(name="adamw8bit"), "float32")
+
+
+def test_muon_may_move_everything() -> None:
+    """No tensor is left for AdamW where nothing but matrices is trained."""
+    model = nn.Sequential(wide())
+    optimizer = Optimizer(model, Optim(name="muon"), "float32")
+    before = model[0].weight.detach().clone()
+    teach(model, optimizer, range(1))
+    assert not torch.equal(before, model[0].weight)
+    assert optimizer.describe() == "Muon for 1 matrices, AdamW for 0 other tensors"

@@ -167,6 +167,7 @@ def factors(names: Iterable[str], rates: Mapping[str, float]) -> dict[str, float
 
 
 def _adamw(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
+    groups = groups or [{"params": [], "factor": 1.0}]  # where another optimizer moves everything
     common = {"lr": 0.0, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
     if settings.name == "adamw8bit":
         return eightbit.adamw(groups, **common)

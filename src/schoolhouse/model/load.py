@@ -92,7 +92,12 @@ class Student(nn.Module):
         return nll, found.correct, found.supervised
 
     def _balance(self, out: ModelOutput, worth: torch.Tensor, span: Span, weight: float) -> torch.Tensor:
-        """The balance loss of this part, weighted."""
+        """The balance loss of this part, weighted; raises ModelError where the model shows no routers' logits."""
+        if not out.router_logits:
+            raise ModelError(
+                f"{type(self.model).__name__} does not return its routers' logits", where="train.balance",
+                required="the logits of every router, which the balance loss is made of", remedy="set train.balance=0",
+            )
         chosen = self.model.config.get_text_config().num_experts_per_tok
         peers = None if self.exchange is None else self.exchange.peers
         return weight * teaching.balance_loss(out.router_logits, chosen, worth, span, peers)
