@@ -195,9 +195,9 @@ class Batch(Section):
 
     examples: PositiveInt = 64
     """Examples in one optimizer step, over all processes."""
-    tokens: PositiveInt = 8192
+    tokens: PositiveInt | Literal["auto"] = 8192
     """The most tokens in one micro-batch: a hard limit on memory, without influence on the result.
-    `parallel.ulysses` processes share one."""
+    `parallel.ulysses` processes share one. `auto` (one process; needs data.max_tokens) finds the largest that fits."""
 
 
 class Train(Section):
@@ -346,7 +346,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
         longest = self.data.max_tokens
-        if longest is not None and longest > self.batch.tokens:
+        if longest is None and self.batch.tokens == "auto":
+            raise ValueError("batch.tokens=auto needs data.max_tokens, the longest example that must fit")
+        if longest is not None and longest > self.micro_batch:
             raise ValueError(f"data.max_tokens ({longest}) must not exceed batch.tokens ({self.batch.tokens})")
         if self.validation.every and self.data.validation is None:
             raise ValueError("validation.every needs data.validation")
@@ -364,4 +366,9 @@ class Recipe(Section):
     @property
     def max_tokens(self) -> int:
         """The longest example, in tokens."""
-        return self.data.max_tokens or self.batch.tokens
+        return self.data.max_tokens or self.micro_batch
+
+    @property
+    def micro_batch(self) -> int:
+        """The most tokens in one micro-batch; with `auto`, the fewest that it can come to."""
+        return self.data.max_tokens if self.batch.tokens == "auto" else self.batch.tokens

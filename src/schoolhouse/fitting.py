@@ -1,4 +1,4 @@
-"""The heaviest micro-batch goes forward, backward and through an update before the first step, and is undone.
+"""The heaviest micro-batches go forward, backward and through an update before the first step, and are undone.
 
 A run that would not fit ends in its first minute with a number to set, and not in the night at its longest example.
 """
@@ -6,32 +6,77 @@ A run that would not fit ends in its first minute with a number to set, and not 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from schoolhouse import memory
 from schoolhouse.data import loader
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
-from schoolhouse.errors import MemoryFault
+from schoolhouse.errors import MemoryFault, MeshError
 from schoolhouse.model.load import Student
 from schoolhouse.model.teaching import Drawn
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel import fsdp
 
-CPU_SAYS = "can't allocate memory"
-"""What torch says on a CPU, where it has no exception of its own."""
+CPU_SAYS = ("can't allocate memory", "could not create a memory object")
+"""What torch and oneDNN say on a CPU, where torch has no exception of its own."""
 
 
-def refuse_too_large(student: Student, optimizer: Optimizer, store: Store, plan: Plan, sight: Sight | None) -> None:
-    """Raises MemoryFault where the heaviest pack does not fit. Before a checkpoint is loaded: moments are dropped."""
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a micro-batch needs. Before a checkpoint is loaded: trying drops the moments."""
+
+    student: Student
+    optimizer: Optimizer
+    store: Store
+    sight: Sight | None
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether the heaviest micro-batches of a plan fit."""
+        _free()
+        try:
+            self.attempt(plan)
+            return True
+        except DoesNotFitError:
+            return False
+
+    def attempt(self, plan: Plan) -> None:
+        """One update with each of them, with the learning rate 0, which moves no weight; raises DoesNotFitError."""
+        for pack in heaviest_packs(plan):
+            with _refused_memory(), memory.capped(self.student.device):
+                try:
+                    self._update(pack)
+                finally:
+                    self.optimizer.begin_again()
+
+    def _update(self, pack: Sequence[int]) -> None:
+        student = self.student
+        seen = next(iter(loader.pixels(self.store, iter([pack]), self.sight, len(pack), student.device)))
+        micro = loader.micro_batch(self.store, pack, student.device, self.sight, seen)
+        fsdp.expect(student, last=True)
+        (student.loss(micro, Drawn(0, 0)).nll / micro.supervised).backward()
+        self.optimizer.clip()
+        self.optimizer.step(0.0)
+
+
+class DoesNotFitError(Exception):
+    """The allocator refused."""
+
+
+def refuse_too_large(rehearsal: Rehearsal, plan: Plan) -> None:
+    """Raises MemoryFault, with a size that would fit, where the heaviest micro-batch of the plan does not."""
     try:
-        _try(student, optimizer, store, heaviest(plan, plan.tokens), sight)
-    except _DoesNotFit as error:
+        rehearsal.attempt(plan)
+    except DoesNotFitError as error:
         longest = int(plan.lengths.max())
-        fits = _what_fits(student, optimizer, store, plan, sight) if student.mesh.world == 1 else None
+        fits = _what_fits(rehearsal, plan) if rehearsal.student.mesh.world == 1 else None
         raise MemoryFault(
             f"a micro-batch of {plan.tokens} tokens does not fit: {error}",
             required=f"memory for forward, backward and update; the longest example has {longest} tokens",
@@ -41,10 +86,51 @@ def refuse_too_large(student: Student, optimizer: Optimizer, store: Store, plan:
         ) from None
 
 
-def heaviest(plan: Plan, tokens: int) -> tuple[int, ...]:
-    """The heaviest pack that a step can hold: the longest example, then each next longest that finds room."""
+def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
+    """The plan with the largest micro-batches that fit: 1, 1.5, 2, 3, 4, 6, … times `data.max_tokens`.
+
+    The plan given has the smallest. One that holds a whole step is the largest that makes a difference.
+    """
+    if rehearsal.student.mesh.world > 1:
+        raise MeshError(
+            "batch.tokens=auto with several processes: one that runs out of memory leaves the others waiting",
+            required="a number, the same for all processes", where="batch.tokens",
+            remedy="find it with one process (`run` says it in its table), or lower it until the rehearsal passes",
+        )
+    refuse_too_large(rehearsal, plan)
+    whole_step = int(np.sort(plan.lengths)[-plan.examples :].sum())
+    for tokens in _sizes(plan.tokens, whole_step):
+        larger = dataclasses.replace(plan, tokens=tokens)
+        if not rehearsal.fits(larger):
+            break
+        plan = larger
+    return plan
+
+
+def _sizes(smallest: int, enough: int) -> Iterator[int]:
+    """1.5, 2, 3, 4, 6, 8, … times the smallest, up to the first that is enough."""
+    last = smallest
+    for power in itertools.count():
+        for halves in (3 << power, 4 << power):
+            if last >= enough:
+                return
+            last = smallest * halves // 2
+            yield last
+
+
+def heaviest_packs(plan: Plan) -> list[tuple[int, ...]]:
+    """The heaviest pack that a step can hold, by its tokens, and by the patches of its images where there are any."""
+    by_tokens = heaviest(plan, plan.lengths)
+    if plan.patches is None or not plan.patches.any():
+        return [by_tokens]
+    return list(dict.fromkeys([by_tokens, heaviest(plan, plan.patches)]))
+
+
+def heaviest(plan: Plan, weights: np.ndarray) -> tuple[int, ...]:
+    """The heaviest example, then each next heaviest that finds room in `batch.tokens`."""
     pack: list[int] = []
-    for index in np.argsort(-plan.lengths, kind="stable"):
+    tokens = plan.tokens
+    for index in np.argsort(-weights, kind="stable"):
         if len(pack) == plan.examples:
             break
         if plan.lengths[index] <= tokens:
@@ -53,33 +139,11 @@ def heaviest(plan: Plan, tokens: int) -> tuple[int, ...]:
     return tuple(pack)
 
 
-class _DoesNotFit(Exception):
-    """The allocator refused."""
-
-
-def _try(student: Student, optimizer: Optimizer, store: Store, pack: Sequence[int], sight: Sight | None) -> None:
-    """One update with the learning rate 0, which moves no weight; its moments are dropped."""
-    with _refused_memory():
-        try:
-            seen = next(iter(loader.pixels(store, iter([pack]), sight, len(pack), student.device)))
-            micro = loader.micro_batch(store, pack, student.device, sight, seen)
-            fsdp.expect(student, last=True)
-            (student.loss(micro, Drawn(0, 0)).nll / micro.supervised).backward()
-            optimizer.clip()
-            optimizer.step(0.0)
-        finally:
-            optimizer.begin_again()
-
-
-def _what_fits(
-    student: Student, optimizer: Optimizer, store: Store, plan: Plan, sight: Sight | None
-) -> int | None:
+def _what_fits(rehearsal: Rehearsal, plan: Plan) -> int | None:
     """The largest half, quarter, … of `batch.tokens` that fits and holds the longest example."""
     tokens = plan.tokens // 2
     while tokens >= plan.lengths.max():
-        _free()
-        with contextlib.suppress(_DoesNotFit):
-            _try(student, optimizer, store, heaviest(plan, tokens), sight)
+        if rehearsal.fits(dataclasses.replace(plan, tokens=tokens)):
             return tokens
         tokens //= 2
     return None
@@ -89,12 +153,12 @@ def _what_fits(
 def _refused_memory() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise _DoesNotFit(str(error).splitlines()[0][:160]) from None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise DoesNotFitError((str(error) or "out of memory").splitlines()[0][:160]) from None
     except RuntimeError as error:
-        if CPU_SAYS not in str(error):
+        if not any(words in str(error) for words in CPU_SAYS):
             raise
-        raise _DoesNotFit(str(error).splitlines()[0][-160:]) from None
+        raise DoesNotFitError(str(error).splitlines()[0][-160:]) from None
 
 
 def _free() -> None:

@@ -1,11 +1,17 @@
-"""How much memory the process has used at most."""
+"""How much memory the process has used at most, and how much it may still take."""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def peak_gib() -> float:
@@ -14,3 +20,37 @@ def peak_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def available() -> int | None:
+    """Bytes of main memory that are free for this process: of the machine, and of its control group; Linux only."""
+    if not MEMINFO.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.is_file() and used.is_file() and limit.read_text(encoding="ascii").strip() != "max":
+        free = min(free, max(0, int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii"))))
+    return free
+
+
+@contextlib.contextmanager
+def capped(device: torch.device) -> Iterator[None]:
+    """Inside, a CPU's allocator refuses what is not there, as an accelerator's does.
+
+    Linux promises more memory than it has, and kills whoever uses it; so the address space is limited meanwhile.
+    """
+    free = available() if device.type == "cpu" else None
+    if free is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    most = pages * resource.getpagesize() + free
+    if before[0] != resource.RLIM_INFINITY:
+        most = min(most, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

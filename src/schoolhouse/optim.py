@@ -107,6 +107,13 @@ class Optimizer:
         else:
             optimizer.step()
 
+    def saved_bytes(self) -> int:
+        """Bytes of weights and moments in a checkpoint, of all processes together."""
+        each = 1.0 if self._settings.name == "adamw8bit" else 4.0  # of one number of a moment
+        return round(sum(
+            master.numel() * (4 + each * (1 if name in self.matrices else 2)) for name, master in self.masters.items()
+        ))
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 masters by the model's parameter names."""
         return ((name, master.detach()) for name, master in self.masters.items())

@@ -101,8 +101,12 @@ def _in_force(recipe: Recipe, model: Served) -> dict[str, str]:
         + {"error": "stop", "drop": "are dropped", "turns": "lose whole turns from their end"}[data.too_long],
         "bad rows": aside,
         "validation": held_out,
-        "step": f"{recipe.batch.examples:,} examples, in micro-batches of at most {recipe.batch.tokens:,} tokens",
+        "step": f"{recipe.batch.examples:,} examples, in micro-batches of at most {_most(recipe)} tokens",
     }
+
+
+def _most(recipe: Recipe) -> str:
+    return "as many as fit" if recipe.batch.tokens == "auto" else f"{recipe.batch.tokens:,}"
 
 
 def shown_rows(

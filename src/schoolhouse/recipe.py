@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from schoolhouse.config import Recipe
-from schoolhouse.errors import ConfigError
+from schoolhouse.errors import ConfigError, SafetyError
 
 Key = tuple[str | int, ...]
 """A dotted key, split: `("optim", "learning_rate")`; list positions are integers."""
@@ -89,6 +89,11 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     except BROKEN as error:
         marked = isinstance(error, yaml.MarkedYAMLError) and error.problem_mark
         where = f"{path}:{marked.line + 1}:{marked.column + 1}" if marked else str(path)
+        if marked and "tag:yaml.org,2002:python" in str(error.problem):
+            raise SafetyError(
+                "the recipe asks YAML to make objects of Python", required="YAML with plain values", where=where,
+                remedy="do not use this file: nothing that needs such a tag belongs in a recipe",
+            ) from None
         raise ConfigError(
             f"the recipe is not valid YAML: {error.problem if marked else ' '.join(str(error).split())}",
             required="YAML with plain values", where=where, remedy="mend the line; text with `: ` or `#` needs quotes",

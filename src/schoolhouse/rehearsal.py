@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, path: Path, processes: int) -> Rehearsal:
     values["data"] |= _data(recipe, place, seeing="-vl" in model)
     values["data"] |= {"cache": str(place / "cache"), "workers": 1}
     values["batch"] |= {
-        "examples": min(_EXAMPLES, recipe.batch.examples), "tokens": min(_TOKENS, recipe.batch.tokens)
+        "examples": min(_EXAMPLES, recipe.batch.examples), "tokens": min(_TOKENS, recipe.micro_batch)
     }
     values["train"] |= {"steps": STEPS}
     values["checkpoint"] |= {"every": 2, "keep": 2}

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import schoolhouse
-from schoolhouse import checkpoint, evaluate, fitting, graders, optim, overview, places, saving
+from schoolhouse import checkpoint, evaluate, fitting, graders, optim, overview, places, room, saving
 from schoolhouse import recipe as recipes
 from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Recipe
@@ -89,7 +89,7 @@ class Run:
         """Validation and exam where they are due after `step`."""
         if self.validation is not None and _due(step, self.recipe.validation.every, self.steps):
             measured = evaluate.validation(
-                self.student, self.validation, self.recipe.batch.tokens, self.served.sight
+                self.student, self.validation, self.plan.tokens, self.served.sight
             )
             self.record.append(METRICS, {"kind": "eval", "step": step, "name": "validation", **measured})
             self.screen.say(f"validation after step {step}: loss {measured['loss']:.4f}")
@@ -179,6 +179,9 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision if mesh.world == 1 else "float32")
     plan = plans.plan(store, recipe, _packs_at_once(previous, mesh))
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
+    room.refuse_too_little(recipe, record.directory / "checkpoints", optimizer, steps, mesh)
+    rehearsal = fitting.Rehearsal(student, optimizer, store, model.sight)
+    plan = _fitted(recipe, plan, rehearsal, previous)
     saver = Saver(saving.Storage(record.directory / "checkpoints", mesh.rank, mesh.world), recipe.checkpoint.keep)
     run = Run(
         recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
@@ -188,9 +191,18 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     run.info["seconds"] = previous.get("seconds", 0.0)
     found = _newest(run, back.strict)
     _describe(run, recipe, rules)
-    fitting.refuse_too_large(student, optimizer, store, plan, model.sight)
+    fitting.refuse_too_large(rehearsal, plan)
     _resume(run, found)
     return run
+
+
+def _fitted(recipe: Recipe, plan: Plan, rehearsal: fitting.Rehearsal, previous: dict[str, Any]) -> Plan:
+    """With batch.tokens=auto, the plan with as large micro-batches as fit; a run goes on with those it began with."""
+    if recipe.batch.tokens != "auto":
+        return plan
+    if "micro_batch" in previous.get("derived", {}):
+        return dataclasses.replace(plan, tokens=previous["derived"]["micro_batch"])
+    return fitting.largest_that_fits(rehearsal, plan)
 
 
 def _packs_at_once(previous: dict[str, Any], mesh: Mesh) -> int:
@@ -270,7 +282,7 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
     derived = {
         "steps_total": run.steps, "steps_per_epoch": plan.steps_per_epoch,
         "warmup_steps": optim.warmup_steps(recipe.optim, run.steps), "parameters": parameters, "trainable": trainable,
-        "packs_at_once": plan.ranks, "longest_example": int(run.store.lengths.max()),
+        "packs_at_once": plan.ranks, "micro_batch": plan.tokens, "longest_example": int(run.store.lengths.max()),
         "exam_questions": len(run.questions),
     }
     in_force = {
@@ -286,7 +298,8 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
         f"{run.store.ledger.supervised_tokens:,} of {run.store.ledger.tokens:,} tokens supervised",
         "stop tokens": f"{', '.join(run.served.stops.texts)}: a target in "
         f"{run.store.ledger.stopped_turns:,} of {run.store.ledger.turns:,} turns",
-        "steps": f"{run.steps:,} of {recipe.batch.examples} examples, {plan.steps_per_epoch:,} an epoch",
+        "steps": f"{run.steps:,} of {recipe.batch.examples} examples, {plan.steps_per_epoch:,} an epoch; "
+        f"micro-batches of at most {plan.tokens:,} tokens",
         "device": str(run.student.device),
         "layout": spread.in_force(run.student),
         "directory": str(run.record.directory),

@@ -167,7 +167,7 @@ def as_a_run_does(
     optimizer = Optimizer(student.model, recipe.optim, precision if mesh.world == 1 else "float32")
     student.eval()
     student.teaching = Teaching()  # the plain loss: the other way knows no noise, smoothing or balance
-    packs = plans.partition(store.lengths, recipe.batch.tokens, mesh.data_ranks, store.patches)
+    packs = plans.partition(store.lengths, recipe.micro_batch, mesh.data_ranks, store.patches)
     planned = PlannedStep(
         1, 0, tuple(map(tuple, packs)), int(store.lengths.sum()), int(store.supervised_tokens.sum()),
         float(store.supervised.sum()),

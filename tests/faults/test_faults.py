@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -227,3 +231,100 @@ def test_f11_two_processes_stop_before_the_same_update(page: Path, tmp_path: Pat
     assert "bad_step.json" in done.stderr and json.loads((run / "bad_step.json").read_text())["step"] >= 2
     found, rejected = checkpoint.newest(run / "checkpoints")
     assert found.step == last_step(run) and rejected == []
+
+
+def test_f11_one_rank_of_two_has_no_number(page: Path, tmp_path: Path) -> None:
+    """One row's weight is so large that its loss overflows, in one process alone: both stop before the update, exit 4,
+    the checkpoint before is the last one, and the replay finds the one pack.
+    """
+    rows = [{"messages": [{"role": "user", "content": f"{one} + 1"},
+                          {"role": "assistant", "content": f"{one + 1}", "weight": 1.0}]} for one in range(12)]
+    rows[7]["messages"][1]["weight"] = 3e38
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    words = ("model=starter/qwen3", f"data.train={tmp_path / 'rows.jsonl'}", "data.validation=null",
+             "validation.every=0", "exam.data=null", "exam.every=0", "checkpoint.every=1", "train.steps=3")
+    done = program("run", page, f"directory={run}", *words, "--nproc", "2", code=4)
+    assert "bad_step.json" in done.stderr and "Traceback" not in done.stderr
+    bad = json.loads((run / "bad_step.json").read_text())
+    assert any(one.endswith("rows.jsonl:8") for one in bad["examples"])
+    assert last_step(run) == bad["step"] - 1
+    found, rejected = checkpoint.newest(run / "checkpoints")
+    assert (found.step if found else 0) == bad["step"] - 1 and rejected == []
+    told = program("replay", run).stdout if found else ""
+    assert not found or (told.count("NOT FINITE") == 1 and "rows.jsonl:8" in told.partition("NOT FINITE")[2])
+
+
+# Real disks.
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", place], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip(f"a file system can only be mounted by root: {made.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+SMALL = ("exam.data=null", "exam.every=0", "checkpoint.keep=1")
+
+
+def test_f3_too_little_room_is_said_before_the_first_step(page: Path, disk: Path) -> None:
+    done = program("run", page, f"directory={disk / 'run'}", *SMALL, code=6)
+    assert "there is no room for the checkpoints" in done.stderr and "GiB are free" in done.stderr
+    assert "checkpoint.keep" in done.stderr and last_step(disk / "run") == 0 and "Traceback" not in done.stderr
+
+
+def test_f4_a_read_only_disk_is_refused_before_the_model(page: Path, disk: Path) -> None:
+    """Also where the directory is there already."""
+    (disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    for name in ("run", "new"):
+        said = program("run", page, f"directory={disk / name}", "model=starter/none", code=6).stderr
+        assert "cannot be written" in said and str(disk / name) in said and "Traceback" not in said
+
+
+def test_f3_a_disk_that_fills_up_costs_nothing(page: Path, tmp_path: Path, disk: Path, whole: Path) -> None:
+    """Real ENOSPC in a save: exit 6, need and free and path, the earlier checkpoint whole; with room it goes on."""
+    subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+    run = disk / "run"
+    with started("run", page, f"directory={run}") as process:
+        process.wait_for_step(run, 3)
+        process.signal(signal.SIGSTOP)
+        used = shutil.disk_usage(disk).used
+        subprocess.run(["mount", "-o", f"remount,size={used + (1 << 20)}", disk], check=True)
+        process.signal(signal.SIGCONT)
+        assert process.ended() == 6, process.said()
+        said = process.said()
+    assert "No space left" in said and "GiB are free" in said and str(run) in said and "Traceback" not in said
+    found, rejected = checkpoint.newest(run / "checkpoints")
+    assert found is not None and rejected == [] and list((run / "checkpoints").glob(".tmp-*")) == []
+    subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+    assert f"resumed from step {found.step}" in program("run", page, f"directory={run}").stderr
+    check_same(run, whole)
+
+
+def test_f24_secrets_of_the_environment_reach_nothing(page: Path, tmp_path: Path) -> None:
+    """No file of the run, in whatever directory; no line on the screen; no argument of a process, of two workers."""
+    run = tmp_path / "run"
+    arguments = set()
+    with started("run", page, f"directory={run}", "--nproc", 2, env={**os.environ, **SECRETS}) as process:
+        while process.process.poll() is None:
+            for one in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    arguments.add(one.read_bytes())
+            time.sleep(0.5)
+        assert process.ended() == 0, process.said()
+        told = process.said().encode() + b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+    assert any(str(run).encode() in one for one in arguments), "it was looked at"
+    told += b"".join(arguments)
+    assert [name for name, secret in SECRETS.items() if secret.encode() in told] == []
+
+
+def test_f24_no_setting_holds_a_secret(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here("run", page, "model.token=hf_verysecrettoken123", code=2)
+    assert "hf_verysecrettoken123" not in capsys.readouterr().err

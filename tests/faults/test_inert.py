@@ -6,11 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 from test_run import here, write_recipe
 
 from schoolhouse import places
+from schoolhouse.config import Model
+from schoolhouse.data import bounds, served
+from schoolhouse.types import Conversation, Message, Origin, Part
 
 WATCHED = """
 import os, sys
@@ -47,8 +52,60 @@ def test_f22_code_and_pickles_of_a_model_leave_no_trace(tmp_path: Path, capsys) 
         weights.unlink()
     (model / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(S'touch " + str(trace).encode() + b"'\ntR.")
     page = write_recipe(tmp_path)
-    here("run", page, f"directory={tmp_path / 'run'}", f"model={model}", code=2)
-    assert not trace.exists() and "Traceback" not in capsys.readouterr().err
-    (model / "config.json").write_text(json.dumps(settings))
-    here("run", page, f"directory={tmp_path / 'run'}", f"model={model}", code=2)
-    assert not trace.exists()
+    here("run", page, f"directory={tmp_path / 'run'}", f"model={model}", code=8)
+    assert "a pickle" in capsys.readouterr().err and not trace.exists()
+    shutil.copy(places.model_directory("starter/qwen3") / "model.safetensors", model)
+    here("run", page, f"directory={tmp_path / 'run'}", f"model={model}", code=8)
+    said = capsys.readouterr().err
+    assert "code of its own" in said and not trace.exists() and "Traceback" not in said
+
+
+@pytest.mark.parametrize("bad", [
+    {"model_type": "qwen3\nimport os"}, {"_attn_implementation_internal": "someone/kernel"},
+    {"text_config": {"trust_remote_code": True}},
+])
+def test_f22_a_configuration_with_more_than_a_description(tmp_path: Path, capsys, bad: dict) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(places.model_directory("starter/qwen3"), model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, **bad}))
+    here("run", write_recipe(tmp_path), f"directory={tmp_path / 'run'}", f"model={model}", code=8)
+    said = capsys.readouterr().err
+    assert "configuration has" in said and str(model / "config.json") in said and len(said.splitlines()) <= 6
+
+
+@pytest.mark.parametrize(("template", "words"), [
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}", "has not finished"),
+    ("{{ 'x' * 10 ** 11 }}", "repeats a text"),
+    ("{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "wrote 99,980,001 characters"),
+    ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "forbids"),
+    ("{{ cycler.__init__.__globals__.os.popen('touch trace').read() }}", "forbids"),
+])
+def test_f22_a_template_that_does_what_none_needs(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, template: str, words: str
+) -> None:
+    """Exit 8 in four parts within seconds, though bad rows may be set aside; nothing is prepared, nothing ran."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.jinja").write_text(template)
+    page = write_recipe(tmp_path)
+    began = time.process_time()
+    here("check", page, "model.chat_template=own.jinja", "data.on_error=skip:99%", "data.workers=1", code=8)
+    said = capsys.readouterr().err
+    assert words in said and "model.chat_template" in said and len(said.splitlines()) <= 6
+    assert not Path("trace").exists() and time.process_time() - began < 30
+
+
+def test_f22_yaml_makes_no_objects(tmp_path: Path, capsys) -> None:
+    page = write_recipe(tmp_path, "model: !!python/object/apply:os.system ['touch trace']\ndata: starter/arithmetic\n")
+    here("check", page, code=8)
+    said = capsys.readouterr().err
+    assert "objects of Python" in said and f"{page}:1:8" in said and not (tmp_path / "trace").exists()
+
+
+def test_f22_a_long_conversation_is_no_endless_loop(tmp_path: Path) -> None:
+    """A template that Qwen3's makers wrote renders 4,000 turns of text far below the limit."""
+    made = served.load(served.serving(Model(path="starter/qwen3"), places.model_directory("starter/qwen3")))
+    turns = [Message(role, (Part("text", "word " * 50),)) for _ in range(2000) for role in ("user", "assistant")]
+    began = time.process_time()
+    made.template.script(Conversation(tuple(turns), (), Origin("rows", 1))).full(len(turns))
+    assert time.process_time() - began < bounds.SECONDS / 4

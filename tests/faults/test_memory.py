@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_run import here, write_recipe
+from test_run import here, program, steps_of, write_recipe
 
-from schoolhouse import fitting
+from schoolhouse import fitting, memory
 from schoolhouse import recipe as recipes
 from schoolhouse import run as runs
 from schoolhouse.data.plan import Plan
@@ -53,7 +56,7 @@ def test_f14_the_rehearsal_is_undone_to_the_bit(page: Path, tmp_path: Path) -> N
     """Weights, moments and gradients are those of a run that was never rehearsed."""
     run = runs.begin(recipes.read(page, [f"directory={tmp_path / 'run'}"]), page, Screen(), ALONE)
     before = {name: tensor.clone() for name, tensor in run.optimizer.weights()}
-    fitting.refuse_too_large(run.student, run.optimizer, run.store, run.plan, None)
+    fitting.Rehearsal(run.student, run.optimizer, run.store, None).attempt(run.plan)
     assert all(torch.equal(before[name], tensor) for name, tensor in run.optimizer.weights())
     assert list(run.optimizer.moments()) == []
     assert all(master.grad is None for master in run.optimizer.masters.values())
@@ -64,6 +67,76 @@ def test_f14_no_step_has_a_heavier_pack() -> None:
     """The rehearsed pack holds the longest example and is at most `batch.tokens`."""
     lengths = np.random.default_rng(0).integers(1, 100, 300)
     plan = Plan(lengths, lengths.astype(float), lengths, 64, 128, 0)
-    pack = fitting.heaviest(plan, plan.tokens)
+    [pack] = fitting.heaviest_packs(plan)
     most = max(int(lengths[list(one)].sum()) for step in range(1, 200) for one in plan.step(step).packs)
     assert lengths[pack[0]] == lengths.max() and most <= int(lengths[list(pack)].sum()) <= 128
+
+
+def test_f14_the_pack_with_the_most_patches_is_rehearsed_too() -> None:
+    """An example with few tokens and a large image makes the vision tower's heaviest micro-batch."""
+    lengths, patches = np.array([90, 80, 20, 10]), np.array([4, 4, 400, 0])
+    plan = Plan(lengths, lengths.astype(float), lengths, 64, 100, 0, patches=patches)
+    assert fitting.heaviest_packs(plan) == [(0, 3), (2, 1)]
+
+
+WIDE = ("batch.examples=64", "exam.data=null", "exam.every=0", "train.steps=2")
+
+
+def test_f14_auto_finds_the_largest_that_fits(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """1, 1.5, 2, 3, … times data.max_tokens: the same examples and losses as with any other size, also resumed."""
+    auto = (*WIDE, "batch.tokens=auto", "data.max_tokens=100")
+    with monkeypatch.context() as patch:
+        tried = cap(patch, 230)
+        here("run", page, f"directory={tmp_path / 'auto'}", *auto)
+    assert json.loads((tmp_path / "auto" / "run.json").read_text())["derived"]["micro_batch"] == 200
+    assert max(one for one in tried if one <= 200) > 150 and max(tried) <= 300, "1, 1.5, 2 fit; 3 does not"
+    here("run", page, f"directory={tmp_path / 'number'}", *WIDE, "batch.tokens=4000", "data.max_tokens=100")
+    found, wanted = steps_of(tmp_path / "auto"), steps_of(tmp_path / "number")
+    assert [one["drawn"] for one in found] == [one["drawn"] for one in wanted]
+    assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in wanted], rel=0, abs=1e-6)
+    with monkeypatch.context() as patch:
+        tried = cap(patch, 230)
+        longer = ("train.steps=4", "--allow-change", "train.steps")
+        here("run", page, f"directory={tmp_path / 'auto'}", *auto, *longer)
+    assert max(tried) <= 200, "it goes on with the size that it began with, and searches no more"
+
+
+def test_f14_auto_needs_the_longest_example(page: Path, tmp_path: Path, capsys) -> None:
+    here("run", page, f"directory={tmp_path / 'run'}", "batch.tokens=auto", code=2)
+    assert "batch.tokens=auto needs data.max_tokens" in capsys.readouterr().err
+
+
+def test_f14_a_cpu_refuses_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own limit: what goes beyond the free memory is an error of the allocator and not a kill."""
+    monkeypatch.setattr(memory, "available", lambda: 64 << 20)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    refused = pytest.raises(fitting.DoesNotFitError, match="allocate")
+    with refused, fitting._refused_memory(), memory.capped(torch.device("cpu")):
+        torch.zeros(1 << 20).sum()
+        torch.empty(1 << 30)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_f14_what_is_free_is_known() -> None:
+    free = memory.available()
+    assert free is None or 1 << 20 < free < 1 << 50
+    assert memory.available() > 1 << 20 if monkeypatch.undo() is None and memory.available() else True
+
+
+LITTLE = """\
+import os
+if os.environ.get("RANK") == "1":
+    from schoolhouse import memory
+    memory.available = lambda: 1 << 20
+"""
+
+
+def test_f14_one_rank_without_memory_ends_all(page: Path, tmp_path: Path) -> None:
+    """Exit 5 with the cause and its rank, no hang, nothing trained."""
+    (tmp_path / "sitecustomize.py").write_text(LITTLE)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    wide = (*WIDE, "batch.examples=600", "batch.tokens=30000", "data.limit=null", "data.train=starter/arithmetic")
+    done = program("run", page, f"directory={tmp_path / 'run'}", *wide, "--nproc", "2", code=5,
+                   env={**os.environ, "PYTHONPATH": path})
+    assert "does not fit" in done.stderr and "rank:     1" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -70,7 +70,7 @@ def plan(store: Store, recipe: Recipe, ranks: int = 1) -> Plan:
     """The plan of a recipe over its prepared rows."""
     return Plan(
         store.lengths, store.supervised, store.supervised_tokens,
-        recipe.batch.examples, recipe.batch.tokens, recipe.seed, ranks, store.patches,
+        recipe.batch.examples, recipe.micro_batch, recipe.seed, ranks, store.patches,
     )
 
 

@@ -13,9 +13,9 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from schoolhouse.data import handed, prefixes
+from schoolhouse.data import bounds, handed, prefixes
 from schoolhouse.errors import ConfigError, TemplateError
 from schoolhouse.types import Conversation, Message, Origin
 
@@ -91,7 +91,7 @@ class Script:
             return self
         known: dict[tuple[int, bool], str] = {}
         for to_answer in (True, False):
-            with contextlib.suppress(*RAISED):  # then each prefix is rendered alone, and may raise or not
+            with contextlib.suppress(*RAISED), bounds.limited():  # where it raises, each prefix is rendered alone
                 texts = prefixes.rendered(self.program.marked, self.messages, self._given(to_answer))
                 known |= {(count, to_answer): text for count, text in texts.items()}
         return replace(self, known=known)
@@ -119,7 +119,11 @@ class Script:
         if (count, to_answer) in self.known:
             return self.known[count, to_answer]
         try:
-            return self.program.jinja.render(messages=list(self.messages[:count]), **self._given(to_answer))
+            with bounds.limited():
+                text = self.program.jinja.render(messages=list(self.messages[:count]), **self._given(to_answer))
+            return bounds.checked(text)
+        except SecurityError as error:
+            raise bounds.refused(f"reaches for what the sandbox forbids: {error}", "only the messages") from None
         except RAISED as error:
             raise _raised(error, self.program, self.conversation.messages[:count], self.conversation.origin) from None
 
@@ -191,9 +195,10 @@ def _program(environment: jinja2.Environment, source: str, variables: Mapping[st
 
     def written(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
         try:
-            return program.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=False, **variables
-            )
+            with bounds.limited():
+                return program.render(
+                    messages=messages, tools=tools, documents=None, add_generation_prompt=False, **variables
+                )
         except RAISED:
             return None
 
@@ -202,6 +207,12 @@ def _program(environment: jinja2.Environment, source: str, variables: Mapping[st
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's immutable sandbox, with a short way to what templates ask for most: `message.role`, `loop.first`."""
+
+    intercepted_binops = frozenset({"*"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Only products come here."""
+        return bounds.multiplied(left, right)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """As in the sandbox: a dict has no attributes but its methods, and these of a loop are safe."""

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from schoolhouse import places
 from schoolhouse.data import pieces
 from schoolhouse.errors import ConfigError, DataError
 from schoolhouse.types import Turn
@@ -42,6 +43,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        places.refuse_own_code(error, directory)
         raise ConfigError(
             f"the tokenizer does not load: {str(error).splitlines()[0]:.200}",
             required="tokenizer files that transformers loads without remote code",

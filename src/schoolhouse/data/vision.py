@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from schoolhouse import places
 from schoolhouse.data import pictures
 from schoolhouse.errors import ConfigError, DataError
 from schoolhouse.types import Conversation, Example, ImageSource, Message, Picture, Turn
@@ -278,6 +279,7 @@ def _processor(directory: Path, most_tokens: int | None) -> BaseImageProcessor:
             directory, backend="pil", trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
+        places.refuse_own_code(error, directory)
         raise ConfigError(
             f"the image processor does not load: {' '.join(str(error).split()):.160}",
             required=f"{PROCESSOR}, which belongs to a model that sees", where=str(directory),

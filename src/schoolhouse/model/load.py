@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from schoolhouse import loss
+from schoolhouse import loss, places
 from schoolhouse.config import Lora, Model
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
@@ -143,6 +143,7 @@ def load(
             trust_remote_code=False, use_safetensors=True, local_files_only=True,
         )
     except (OSError, ValueError, KeyError) as error:
+        places.refuse_own_code(error, directory)
         raise ModelError(
             f"the model does not load: {' '.join(str(error).split())[:200]}",
             required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
