@@ -104,7 +104,7 @@ def test_what_is_no_override(tmp_path: Path, override: str) -> None:
 # What is wrong, where, and what was meant.
 
 
-def test_every_mistake_at_once(tmp_path: Path) -> None:
+def test_f23_every_mistake_at_once(tmp_path: Path) -> None:
     """Unknown key, wrong type, out of range, wrong choice, missing: each with its line, in one error."""
     text = (
         "model: {path: m, precisoin: float32}\nbatch:\n  examples: many\n  tokens: 0\noptim:\n  learning_rate: -1\n"
@@ -127,7 +127,7 @@ def test_every_mistake_at_once(tmp_path: Path) -> None:
     ("data: {train: [{path: a, limits: 3}]}", "data.train.0.limit"), ("optim: {epochs: 3}", "train.epochs"),
     ("max_new_token: 3", "exam.max_new_tokens"), ("chekpoint: {}", "checkpoint"),
 ])
-def test_the_nearest_key(tmp_path: Path, wrong: str, meant: str) -> None:
+def test_f23_the_nearest_key(tmp_path: Path, wrong: str, meant: str) -> None:
     text = SHORT.split("data:")[0] if wrong.startswith("data") else SHORT
     assert f"did you mean {meant}?" in mistake(tmp_path, text + wrong)
 
@@ -161,7 +161,7 @@ def test_what_is_no_recipe(tmp_path: Path, text: str) -> None:
     "model.activation_checkpointing='no'", "optim.learning_rate='1'", "data.workers=null", "batch=3", "batch=[1]",
     "optim.warmup=.nan", "optim.learning_rate=.inf", "model=3", "data=[]", "model.stop_tokens=3",
 ])
-def test_wrong_types_are_not_bent(tmp_path: Path, setting: str) -> None:
+def test_f23_wrong_types_are_not_bent(tmp_path: Path, setting: str) -> None:
     """`yes` is not 1 and `'7'` is not 7: a value of another type is a slip, not a wish."""
     assert setting.split("=")[0] in mistake(tmp_path, SHORT, setting)
 
@@ -173,7 +173,7 @@ def test_wrong_types_are_not_bent(tmp_path: Path, setting: str) -> None:
     "data.limit=0", "data.train={path: a, proportion: 0}", "data.train=[{path: a, proportion: 1}, b]",
     "data.validation=[{path: a, proportion: 1}, b]", "exam.data={path: a, proportion: 1}",
 ])
-def test_out_of_range_is_said_before_training(tmp_path: Path, setting: str) -> None:
+def test_f23_out_of_range_is_said_before_training(tmp_path: Path, setting: str) -> None:
     """Values that AdamW or a random generator would refuse later, with a traceback."""
     assert mistake(tmp_path, SHORT, setting)
 

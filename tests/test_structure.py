@@ -252,7 +252,7 @@ def test_help_answers_at_once(arguments: list[str]) -> None:
     assert seconds < 1.0
 
 
-def test_a_typo_answers_at_once(tmp_path: Path) -> None:
+def test_f23_a_typo_answers_at_once(tmp_path: Path) -> None:
     """Exit 2 with place and nearest key, in less than a second of processor time, and torch is never imported."""
     path = tmp_path / "typo.yaml"
     path.write_text("model: starter/qwen3\ndata: starter/arithmetic\noptim:\n  learning_rat: 1e-4\n")

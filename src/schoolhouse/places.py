@@ -97,7 +97,7 @@ def refuse_own_code(error: Exception, directory: Path) -> None:
     if "trust_remote_code" in str(error):
         raise SafetyError(
             "the model brings code of its own, which is never run here", required="a model that transformers knows",
-            where=str(directory), remedy="take a version of the model that needs no code: transformers may know it by now",
+            where=str(directory), remedy="take a version of it that needs no code, or a newer transformers",
         ) from None
 
 

@@ -56,13 +56,13 @@ def test_a_path_below_the_root(tmp_path: Path) -> None:
     "https://example.org/a.png", "http://2852039166/", "ftp://x/y.png", "//host/share/a.png", "\\\\host\\share\\a.png",
     "data:text/html;base64,PGI+", "data:image/png,raw", "gopher:x", " HTTP://x/y.png", "s3://bucket/a.png",
 ])
-def test_outside_is_refused_for_safety(value: str, tmp_path: Path) -> None:
+def test_f21_outside_is_refused_for_safety(value: str, tmp_path: Path) -> None:
     """Exit code 8, and nothing was opened: the folder does not even hold these names."""
     assert "data.image_root" in refused(value, tmp_path, SafetyError)
     assert SafetyError.exit_code == 8
 
 
-def test_a_link_that_leads_out_is_refused(tmp_path: Path) -> None:
+def test_f21_a_link_that_leads_out_is_refused(tmp_path: Path) -> None:
     inside, outside = tmp_path / "images", tmp_path / "images-too"
     inside.mkdir()
     outside.mkdir()
@@ -73,11 +73,11 @@ def test_a_link_that_leads_out_is_refused(tmp_path: Path) -> None:
         refused(path, inside, SafetyError)
 
 
-def test_no_root_allows_no_path() -> None:
+def test_f21_no_root_allows_no_path() -> None:
     refused("a.png", None, SafetyError)
 
 
-def test_what_cannot_be_read_names_the_row(tmp_path: Path) -> None:
+def test_f19_what_cannot_be_read_names_the_row(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "loop.png").symlink_to("loop.png")
     (tmp_path / "folder.png").mkdir()
@@ -91,7 +91,7 @@ def test_what_cannot_be_read_names_the_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 7, "", [], {"bytes": None, "path": None}])
-def test_what_is_no_image_at_all(value: object, tmp_path: Path) -> None:
+def test_f19_what_is_no_image_at_all(value: object, tmp_path: Path) -> None:
     refused(value, tmp_path)
 
 
@@ -109,7 +109,7 @@ def test_bytes_and_their_wrappings_are_the_same_image(tmp_path: Path) -> None:
 # What it is.
 
 
-def test_text_svg_and_documents_are_no_images() -> None:
+def test_f20_text_svg_and_documents_are_no_images() -> None:
     assert "SVG" in refused(b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>')
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
     for encoded in (b"GIF", b"hello, world", postscript, b"%PDF-1.4", b"\0" * 99):
@@ -120,7 +120,7 @@ KINDS = {"PNG": {}, "JPEG": {}, "WEBP": {"lossless": True}, "GIF": {}, "BMP": {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_truncated_file_is_refused_unless_its_pixels_are_whole(kind: str) -> None:
+def test_f19_a_truncated_file_is_refused_unless_its_pixels_are_whole(kind: str) -> None:
     """Cut anywhere: an error before training, never a grey half."""
     encoded = encode(noise(40, 40), kind, **KINDS[kind])
     whole = pictures.decode(encoded, "row")
@@ -171,14 +171,14 @@ def a_webp(width: int, height: int) -> bytes:
     a_png(20_000, 20_000), a_png(8_000, 8_000), a_tiff(60_000, 60_000), a_webp(16_000, 16_000), a_png(1_000_000, 1),
     a_png(1, 1_000_000),
 ], ids=["png 400 Mpx", "png 64 Mpx", "tiff", "webp", "strip", "column"])
-def test_a_bomb_is_refused_by_its_header(encoded: bytes) -> None:
+def test_f20_a_bomb_is_refused_by_its_header(encoded: bytes) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     message = refused(encoded)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024, "decoded it"
     assert "data.image_pixels" in message or encoded[8:12] == b"WEBP"  # a WebP of headers alone is damaged first
 
 
-def test_animations_and_pages_are_refused() -> None:
+def test_f19_animations_and_pages_are_refused() -> None:
     frames = [Image.fromarray(noise()), Image.fromarray(255 - noise())]
     for kind in ("GIF", "PNG", "WEBP", "TIFF"):
         assert "several pictures" in refused(encode(frames[0], kind, save_all=True, append_images=frames[1:]))
@@ -192,13 +192,13 @@ def digest(encoded: bytes) -> str:
     return hashlib.sha256(pictures.decode(encoded, "row").tobytes()).hexdigest()[:16]
 
 
-def test_sixteen_bits_keep_their_high_byte() -> None:
+def test_f19_sixteen_bits_keep_their_high_byte() -> None:
     wide = np.arange(0, 65536, 111, dtype=np.uint16)[:512].reshape(16, 32)
     found = pictures.decode(encode(Image.fromarray(wide)), "row")
     assert np.array_equal(found, np.repeat((wide >> 8).astype(np.uint8)[..., None], 3, 2))
 
 
-def test_cmyk_is_converted_by_its_formula() -> None:
+def test_f19_cmyk_is_converted_by_its_formula() -> None:
     ink = noise(channels=4)
     found = pictures.decode(encode(Image.fromarray(ink, "CMYK"), "TIFF"), "row").astype(int)
     colour, key = ink[..., :3].astype(int), ink[..., 3:].astype(int)
@@ -206,7 +206,7 @@ def test_cmyk_is_converted_by_its_formula() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_exif_rotation_is_applied(orientation: int) -> None:
+def test_f19_an_exif_rotation_is_applied(orientation: int) -> None:
     """The size of the header, and the pixels, are those that a person sees."""
     from PIL import ImageOps
 

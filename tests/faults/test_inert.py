@@ -75,7 +75,7 @@ def test_f22_a_configuration_with_more_than_a_description(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(("template", "words"), [
-    ("{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}", "has not finished"),
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}", "not finished"),
     ("{{ 'x' * 10 ** 11 }}", "repeats a text"),
     ("{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "wrote 99,980,001 characters"),
     ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "forbids"),
@@ -107,5 +107,5 @@ def test_f22_a_long_conversation_is_no_endless_loop(tmp_path: Path) -> None:
     made = served.load(served.serving(Model(path="starter/qwen3"), places.model_directory("starter/qwen3")))
     turns = [Message(role, (Part("text", "word " * 50),)) for _ in range(2000) for role in ("user", "assistant")]
     began = time.process_time()
-    made.template.script(Conversation(tuple(turns), (), Origin("rows", 1))).full(len(turns))
+    made.template.script(Conversation(tuple(turns), Origin("rows", 1))).full(len(turns))
     assert time.process_time() - began < bounds.SECONDS / 4

@@ -44,7 +44,7 @@ class Count:
 @pytest.mark.parametrize(("number", "steps"), [
     pytest.param(3, 22, id="3+3"), pytest.param(10, 64, id="10+10", marks=pytest.mark.slow),
 ])
-def test_a_killed_run_is_the_run_that_was_not_killed(number: int, steps: int, tmp_path: Path) -> None:
+def test_f1_a_killed_run_is_the_run_that_was_not_killed(number: int, steps: int, tmp_path: Path) -> None:
     """As many kills between steps as inside saves, at random instants: every record and the weights to the bit."""
     draw, count = random.Random(number), Count()
     page = write_recipe(tmp_path, LESSON + f"train: {{steps: {steps}}}\n")

@@ -84,21 +84,21 @@ WIDE = ("batch.examples=64", "exam.data=null", "exam.every=0", "train.steps=2")
 
 def test_f14_auto_finds_the_largest_that_fits(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """1, 1.5, 2, 3, … times data.max_tokens: the same examples and losses as with any other size, also resumed."""
-    auto = (*WIDE, "batch.tokens=auto", "data.max_tokens=100")
+    auto = (*WIDE, "batch.tokens=auto", "data.max_tokens=120")
     with monkeypatch.context() as patch:
-        tried = cap(patch, 230)
+        tried = cap(patch, 250)
         here("run", page, f"directory={tmp_path / 'auto'}", *auto)
-    assert json.loads((tmp_path / "auto" / "run.json").read_text())["derived"]["micro_batch"] == 200
-    assert max(one for one in tried if one <= 200) > 150 and max(tried) <= 300, "1, 1.5, 2 fit; 3 does not"
-    here("run", page, f"directory={tmp_path / 'number'}", *WIDE, "batch.tokens=4000", "data.max_tokens=100")
+    assert json.loads((tmp_path / "auto" / "run.json").read_text())["derived"]["micro_batch"] == 240
+    assert max(one for one in tried if one <= 240) > 180 and 250 < max(tried) <= 360, "1, 1.5, 2 fit; 3 does not"
+    here("run", page, f"directory={tmp_path / 'number'}", *WIDE, "batch.tokens=4000", "data.max_tokens=120")
     found, wanted = steps_of(tmp_path / "auto"), steps_of(tmp_path / "number")
     assert [one["drawn"] for one in found] == [one["drawn"] for one in wanted]
     assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in wanted], rel=0, abs=1e-6)
     with monkeypatch.context() as patch:
-        tried = cap(patch, 230)
+        tried = cap(patch, 250)
         longer = ("train.steps=4", "--allow-change", "train.steps")
         here("run", page, f"directory={tmp_path / 'auto'}", *auto, *longer)
-    assert max(tried) <= 200, "it goes on with the size that it began with, and searches no more"
+    assert max(tried) <= 240, "it goes on with the size that it began with, and searches no more"
 
 
 def test_f14_auto_needs_the_longest_example(page: Path, tmp_path: Path, capsys) -> None:
@@ -120,7 +120,6 @@ def test_f14_a_cpu_refuses_what_is_not_there(monkeypatch: pytest.MonkeyPatch) ->
 def test_f14_what_is_free_is_known() -> None:
     free = memory.available()
     assert free is None or 1 << 20 < free < 1 << 50
-    assert memory.available() > 1 << 20 if monkeypatch.undo() is None and memory.available() else True
 
 
 LITTLE = """\

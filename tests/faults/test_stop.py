@@ -47,7 +47,7 @@ def in_a_save(process: Started, run: Path) -> None:
     process.signal(signal.SIGTERM)
 
 
-def test_a_stopped_run_is_saved_and_continues(whole: Path, tmp_path: Path) -> None:
+def test_f10_a_stopped_run_is_saved_and_continues(whole: Path, tmp_path: Path) -> None:
     """Stopped four times, each time in another phase: exit 75, not one step is lost, and the result is that of a run
     that nobody stopped.
     """
@@ -71,7 +71,7 @@ def check_stopped(run: Path, said: str) -> None:
     assert (run / "report.html").exists()
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+def test_f10_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     """Exit 130 without waiting for the step or the exam under way, and what was saved before is whole."""
     page, run = write_recipe(tmp_path, LESSON.replace("steps: 8", "steps: 4000")), tmp_path / "run"
     with started("run", page, f"directory={run}") as process:
@@ -84,7 +84,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     assert found is not None and found.step >= 2 and rejected == []
 
 
-def test_stopped_while_the_program_loads(tmp_path: Path) -> None:
+def test_f10_stopped_while_the_program_loads(tmp_path: Path) -> None:
     """Half of a start is the loading of torch: a stop in it is a stop like any other."""
     page = write_recipe(tmp_path)
     with started("run", page, f"directory={tmp_path / 'run'}", python=["-X", "importtime"]) as process:
@@ -93,7 +93,7 @@ def test_stopped_while_the_program_loads(tmp_path: Path) -> None:
         assert process.ended() == STOPPED
 
 
-def test_stopped_while_rows_are_prepared(tmp_path: Path) -> None:
+def test_f10_stopped_while_rows_are_prepared(tmp_path: Path) -> None:
     """Workers end with their parent, exit 75, and no half of a store is left behind."""
     cache = tmp_path / "cache"
     many = LESSON.replace("limit: 200", "limit: 5000").replace("data:\n", f"data:\n  cache: {cache}\n  workers: 2\n")

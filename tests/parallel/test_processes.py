@@ -77,7 +77,7 @@ def check_same(one: Path, other: Path, within: float = FLOAT32) -> None:
     ("adamw", FLOAT32),
     pytest.param("muon", 2e-4, marks=pytest.mark.slow),  # lengthens short directions, and their rounding, 485 times
 ])
-def test_two_processes_then_one_then_two(optimizer: str, within: float, tmp_path: Path, dropping: Path) -> None:
+def test_f8_two_processes_then_one_then_two(optimizer: str, within: float, tmp_path: Path, dropping: Path) -> None:
     """F8: the same examples at each step, the same dropout, losses within 2e-6 (AdamW)."""
     recipe, whole, mixed = page(tmp_path, dropping), tmp_path / "whole", tmp_path / "mixed"
     recipe.write_text(recipe.read_text().replace("optim: {", f"optim: {{name: {optimizer}, "))

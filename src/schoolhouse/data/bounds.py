@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from jinja2.exceptions import SecurityError
+
 from schoolhouse.errors import SafetyError
 
 SECONDS = 1.0
@@ -56,6 +58,15 @@ def multiplied(left: Any, right: Any) -> Any:
         if isinstance(text, str | list | tuple) and isinstance(count, int) and len(text) * count > CHARACTERS:
             raise refused(f"repeats a text {count:,} times", f"at most {CHARACTERS:,} characters")
     return left * right
+
+
+def refuse_escape(error: Exception) -> None:
+    """Raises SafetyError where the sandbox has refused a way out of it: Python's own attributes begin with `_`.
+
+    Other things that it refuses, such as a list's `pop`, are mistakes.
+    """
+    if isinstance(error, SecurityError) and "attribute '_" in str(error):
+        raise refused(f"reaches for what the sandbox forbids: {error}", "a template that reads the messages") from None
 
 
 def refused(found: str, required: str) -> SafetyError:

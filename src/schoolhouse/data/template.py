@@ -13,7 +13,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from schoolhouse.data import bounds, handed, prefixes
 from schoolhouse.errors import ConfigError, TemplateError
@@ -122,9 +122,8 @@ class Script:
             with bounds.limited():
                 text = self.program.jinja.render(messages=list(self.messages[:count]), **self._given(to_answer))
             return bounds.checked(text)
-        except SecurityError as error:
-            raise bounds.refused(f"reaches for what the sandbox forbids: {error}", "only the messages") from None
         except RAISED as error:
+            bounds.refuse_escape(error)
             raise _raised(error, self.program, self.conversation.messages[:count], self.conversation.origin) from None
 
 
