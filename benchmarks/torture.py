@@ -52,7 +52,7 @@ class Found:
     kills: int = 0
     kinds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     half_written: int = 0
-    """Kills that left a half-written checkpoint."""
+    """Kills at which a half-written checkpoint was on the disk, of this start or left by the kill before."""
     one_of_two: int = 0
     """Kills of one process of two, or of a launcher alone."""
     continued: int = 0
@@ -192,7 +192,7 @@ def row(found: Found) -> str:
     kinds = found.kinds
     return (
         f"{found.case:<14} {found.kills:>4} kills: {kinds['start']:>2} starting, {kinds['step']:>3} training,"
-        f" {kinds['save']:>3} saving; {found.half_written:>3} left a half-written checkpoint,"
+        f" {kinds['save']:>3} saving; a half-written checkpoint was there {found.half_written} times,"
         f" {found.one_of_two:>3} took one process of several; {found.continued} continued,"
         f" {len(found.differing)} differences, {found.done_again} steps done again, {found.seconds:.0f} s"
         + "".join(f"\n    differs: {one}" for one in found.differing[:5])
@@ -202,8 +202,8 @@ def row(found: Found) -> str:
 def total(results: list[Found]) -> str:
     """The last line."""
     kills, went_on = sum(one.kills for one in results), sum(one.continued for one in results)
-    half, differing = sum(one.half_written for one in results), sum(len(one.differing) for one in results)
-    return f"{went_on} of {kills} continued, {half} of them from inside a save; {differing} differences"
+    saving, differing = sum(one.kinds["save"] for one in results), sum(len(one.differing) for one in results)
+    return f"{went_on} of {kills} continued, {saving} of them killed inside a save; {differing} differences"
 
 
 def _shares(kills: int, cases: list[str]) -> dict[str, int]:

@@ -149,7 +149,7 @@ def test_a_key_that_stands_twice(tmp_path: Path, text: str, places: str) -> None
 
 
 @pytest.mark.parametrize("text", [
-    "", "- a\n- b", "model: [", "just words", "model: a: b", "\tmodel: a", "model: !!python/name:os.system", "a\0b",
+    "", "- a\n- b", "model: [", "just words", "model: a: b", "\tmodel: a", "model: !python/name:os.system", "a\0b",
     "a: &a [*a]\n" + SHORT,
 ])
 def test_what_is_no_recipe(tmp_path: Path, text: str) -> None:

@@ -85,6 +85,16 @@ SourcesOrShare = Annotated[
 ]
 
 
+def _count_or_word(value: object) -> str:
+    return "one-of-words" if isinstance(value, str) else "one-of-counts"
+
+
+CountOrAuto = Annotated[
+    Annotated[PositiveInt, Tag("one-of-counts")] | Annotated[Literal["auto"], Tag("one-of-words")],
+    Discriminator(_count_or_word),
+]
+
+
 class Data(Rows):
     """What is taught."""
 
@@ -195,7 +205,7 @@ class Batch(Section):
 
     examples: PositiveInt = 64
     """Examples in one optimizer step, over all processes."""
-    tokens: PositiveInt | Literal["auto"] = 8192
+    tokens: CountOrAuto = 8192
     """The most tokens in one micro-batch: a hard limit on memory, without influence on the result.
     `parallel.ulysses` processes share one. `auto` (one process; needs data.max_tokens) finds the largest that fits."""
 

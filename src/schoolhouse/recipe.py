@@ -194,6 +194,7 @@ def _fault(one: Mapping[str, Any], path: Path, places: Mapping[Key, str]) -> tup
     if one["type"] == "extra_forbidden":
         near = _nearest_key(key)
         remedy = f"did you mean {near}?" if near else "see `schoolhouse schema` for all settings"
+        where = where.partition("=")[0]  # an unknown key may be meant to hold a token, whose value is shown to nobody
         return f"{_dotted(key)}: unknown key", where, "a setting of the recipe", remedy
     if one["type"] == "missing":
         return f"{_dotted(key)} is missing", where, _documentation(key), f"add {_dotted(key)}"

@@ -239,7 +239,7 @@ def test_f11_one_rank_of_two_has_no_number(page: Path, tmp_path: Path) -> None:
     """
     rows = [{"messages": [{"role": "user", "content": f"{one} + 1"},
                           {"role": "assistant", "content": f"{one + 1}", "weight": 1.0}]} for one in range(12)]
-    rows[7]["messages"][1]["weight"] = 3e38
+    rows[7]["messages"][1]["weight"] = 1.6e38
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
     words = ("model=starter/qwen3", f"data.train={tmp_path / 'rows.jsonl'}", "data.validation=null",
