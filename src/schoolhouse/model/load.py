@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,9 +139,9 @@ def load(
     """
     attention.register()
     try:
-        model = sight.loader(directory).from_pretrained(
+        model, found = sight.loader(directory).from_pretrained(
             directory, dtype=number, attn_implementation=sight.attentions(directory, attention.NAME),
-            trust_remote_code=False, use_safetensors=True, local_files_only=True,
+            trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         places.refuse_own_code(error, directory)
@@ -149,6 +150,7 @@ def load(
             required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
             where=str(directory), remedy="check config.json and the weights; models with code of their own are refused",
         ) from None
+    _refuse_missing(directory, found["missing_keys"])
     if sight.sees(model):
         sight.prepare(model)
     sight.freeze(model, settings.freeze)
@@ -165,6 +167,15 @@ def load(
     if settings.activation_checkpointing:
         checkpoint_activations(model)
     return Student(model)
+
+
+def _refuse_missing(directory: Path, names: Collection[str]) -> None:
+    """Raise ModelError for weights that are in no file: transformers would draw them at random, and say so in a log."""
+    if names:
+        raise ModelError(
+            f"{len(names)} weights are in no file, e.g. {min(names)}", required="a file with every weight of the model",
+            where=str(directory), remedy="copy the missing files; config.json may name another model than the weights",
+        )
 
 
 def plain(directory: Path) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from schoolhouse.config import Recipe
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MeshError
-from schoolhouse.model import load, teaching
+from schoolhouse.model import load, stacked, teaching
 from schoolhouse.model.load import Proof, Student
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import Mesh
@@ -40,7 +40,9 @@ def proved(
             f"lora.base=nf4 with {mesh.world} processes", required="one process: 4-bit blocks are not cut",
             where="lora.base", remedy="leave lora.base out, or train with one process",
         )
-    whole = load.load(directory, recipe.model, torch.device("cpu"), recipe.lora, number=stored(directory))
+    number = stored(directory)
+    source = stacked.directory_of(directory, number)
+    whole = load.load(source, recipe.model, torch.device("cpu"), recipe.lora, number=number)
     found = None
     if mesh.is_first:
         with fsdp.streamed(whole.model, place):
