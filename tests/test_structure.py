@@ -26,7 +26,8 @@ LAYERS = (
     ("errors", "types", "config", "recipe", "places", "enlarge", "orphans", "starter"),
     ("data", "parallel"),
     ("loss", "model", "optim", "graders", "memory", "stopping"),
-    ("checkpoint", "saving", "evaluate", "record", "room", "screen", "overview", "export", "proof", "report"),
+    ("checkpoint", "saving", "evaluate", "record", "room", "estimate", "screen", "overview", "export", "proof",
+     "report"),
     ("run", "fitting", "trained", "rehearsal", "talk", "train", "replay", "jobs", "selfcheck"),
     ("commands", "cli", "__main__"),
 )

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from schoolhouse import estimate
 from schoolhouse.config import Recipe
 from schoolhouse.data import account, choose, prepare, served, show, vision
 from schoolhouse.data import plan as plans
@@ -43,6 +44,7 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
         "steps_per_epoch": plan.steps_per_epoch,
         "micro_batches": len(plan.step(1).packs),
         "prepared": str(train.directory),
+        "memory": estimate.memory(recipe, serving.directory),
         "in_force": [{"what": what, "value": value} for what, value in _in_force(recipe, served.load(serving)).items()],
     }
 
@@ -157,7 +159,7 @@ def print_overview(found: dict[str, Any]) -> None:
     console.print(
         f"{found['steps']:,} steps, {found['steps_per_epoch']:,} an epoch; "
         f"{found['micro_batches']} micro-batch(es) in the first step\n{_repeated(found['duplicates'])}\n"
-        f"prepared: {found['prepared']}", soft_wrap=True, markup=False,
+        f"prepared: {found['prepared']}\n{estimate.told(found['memory'])}", soft_wrap=True, markup=False,
     )
 
 

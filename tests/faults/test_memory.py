@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_run import here, program, steps_of, write_recipe
 
-from schoolhouse import fitting, memory
+from schoolhouse import estimate, fitting, memory, places
 from schoolhouse import recipe as recipes
 from schoolhouse import run as runs
 from schoolhouse.data.plan import Plan
@@ -139,3 +139,43 @@ def test_f14_one_rank_without_memory_ends_all(page: Path, tmp_path: Path) -> Non
                    env={**os.environ, "PYTHONPATH": path})
     assert "does not fit" in done.stderr and "rank:     1" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("words", "within"), [
+    ((), 0.0), (("model.precision=bfloat16",), 0.0), (("optim.name=muon",), 0.01), (("lora.rank=4",), 0.12),
+])
+def test_f14_check_foresees_what_is_held(words: tuple[str, ...], within: float, page: Path, tmp_path: Path) -> None:
+    """Weights, gradients and moments before anything is loaded, beside those of the run; adapters beside the head and
+    the embeddings, which have none, are what the fourth case is off by.
+    """
+    recipe = recipes.read(page, [f"directory={tmp_path / 'run'}", *words])
+    found = estimate.memory(recipe, places.model_directory("starter/qwen3"))
+    run = runs.begin(recipe, page, Screen(), ALONE)
+    run.record.close()
+    held = sum(one.nbytes for one in run.student.model.parameters())
+    copies = {id(one) for one in run.student.model.parameters()}
+    masters = [one for one in run.optimizer.masters.values()]
+    held += sum(one.nbytes for one in masters if id(one) not in copies)
+    trained = sum(one.nbytes for one in masters)
+    moments = run.optimizer.saved_bytes() - trained
+    for name, wanted in (("weights", held), ("gradients", trained), ("moments", moments)):
+        assert found[name] * 2**30 == pytest.approx(wanted, rel=within or 1e-9), name
+
+
+def test_f14_check_says_the_memory(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here("check", page)
+    assert "GiB (weights" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_as_large_as_foreseen(page: Path, tmp_path: Path) -> None:
+    """What the disk is asked for before the first step is what is written, with headers, to a thousandth."""
+    for name in ("adamw", "muon"):
+        here("run", page, f"directory={tmp_path / name}", f"optim.name={name}", "exam.data=null", "exam.every=0",
+             "train.steps=1")
+        run = runs.begin(
+            recipes.read(page, [f"directory={tmp_path / name}", f"optim.name={name}", "exam.data=null", "exam.every=0",
+                                "train.steps=1"]), page, Screen(), ALONE,
+        )
+        run.record.close()
+        written = sum(one.stat().st_size for one in (tmp_path / name / "checkpoints").rglob("*.safetensors"))
+        assert written == pytest.approx(run.optimizer.saved_bytes(), rel=0.005)

@@ -33,7 +33,7 @@ def limited() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGVTALRM, _over)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS)  # again: Python drops an error raised in a destructor
     try:
         yield
     finally:
