@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -380,6 +381,7 @@ def teach(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
         optimizer.step(1e-2)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torchao's update is compiled: needs a C++ compiler")
 def test_eight_bits_learn_and_resume() -> None:
     """As far as AdamW itself within a tenth; from its saved state it goes on bit by bit; a quarter of the memory."""
     pytest.importorskip("torchao", reason="needs the extra adamw8bit")
