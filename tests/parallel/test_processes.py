@@ -73,12 +73,9 @@ def check_same(one: Path, other: Path, within: float = FLOAT32) -> None:
     assert losses(one) == pytest.approx(losses(other), rel=0, abs=within)
 
 
-@pytest.mark.parametrize(("optimizer", "within"), [
-    ("adamw", FLOAT32),
-    pytest.param("muon", 2e-4, marks=pytest.mark.slow),  # lengthens short directions, and their rounding, 485 times
-])
-def test_f8_two_processes_then_one_then_two(optimizer: str, within: float, tmp_path: Path, dropping: Path) -> None:
-    """F8: the same examples at each step, the same dropout, losses within 2e-6 (AdamW)."""
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_f8_two_processes_then_one_then_two(optimizer: str, tmp_path: Path, dropping: Path) -> None:
+    """F8: the same examples at each step, the same dropout, losses within 2e-6; seen is 1e-7."""
     recipe, whole, mixed = page(tmp_path, dropping), tmp_path / "whole", tmp_path / "mixed"
     recipe.write_text(recipe.read_text().replace("optim: {", f"optim: {{name: {optimizer}, "))
     said = finished(recipe, f"directory={whole}", "--nproc", "2")
@@ -88,10 +85,10 @@ def test_f8_two_processes_then_one_then_two(optimizer: str, within: float, tmp_p
     shutil.copytree(whole, mixed)
     forget_after(mixed, 2)
     assert "resumed from step 2" in finished(recipe, f"directory={mixed}")
-    check_same(whole, mixed, within)
+    check_same(whole, mixed)
     forget_after(mixed, 4)
     assert "resumed from step 4" in finished(recipe, f"directory={mixed}", "--nproc", "2")
-    check_same(whole, mixed, within)
+    check_same(whole, mixed)
     assert len(list((mixed / "checkpoints" / "step-00000006").glob("weights-*.safetensors"))) == 2
 
 
