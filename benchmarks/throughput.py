@@ -308,7 +308,7 @@ def trl_command(contender: Contender, options: argparse.Namespace, work: Path) -
 
 def run(command: Sequence[str | Path], options: argparse.Namespace) -> Finished:
     """Run a command to its end; one that fails ends the benchmark."""
-    settings = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
+    settings = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     wait_for_quiet(options.patience)
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
