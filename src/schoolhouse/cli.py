@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 """Read by libraries when they are imported; the user's own environment stands before it."""
+QUIET = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, at every start, of what concerns their own authors: kernels for other machines, a deprecation."""
 SPINS = {"GOMP_SPINCOUNT": "4000"}
 """Threads that wait for one another spin for about 0.1 ms and then sleep, unless the environment says how they wait.
 
@@ -30,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     spins = {} if "OMP_WAIT_POLICY" in os.environ else SPINS
     os.environ.update({**ENVIRONMENT, **spins, **os.environ})
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
     from schoolhouse import commands
 
     sys.path.insert(0, str(Path.cwd()))  # where a user's own `module:function` is looked for, as with `python -m`

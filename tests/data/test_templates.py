@@ -223,7 +223,7 @@ def test_named_templates_come_from_the_tokenizers_files(tmp_path: Path, form: st
     assert template.template_source("tool_use", source, "m") == WITH_TOOLS
 
 
-def test_a_template_may_stand_in_a_processors_file(tmp_path: Path, loaded) -> None:
+def test_a_template_may_stand_in_a_processors_file(tmp_path: Path) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     assert tokens.own_template(tmp_path, bare) is None
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": DEFAULT}))
