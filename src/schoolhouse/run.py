@@ -28,13 +28,15 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.model import fourbit, load, lora, spread
+from schoolhouse.model import flops, fourbit, load, lora, spread
+from schoolhouse.model.flops import Work
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel.mesh import Mesh
 from schoolhouse.record import METRICS, SAMPLES, Record
 from schoolhouse.saving import Saver
 from schoolhouse.screen import Screen
+from schoolhouse.types import PlannedStep
 
 SHOWN_ROWS = 4
 """Training rows whose tokens the report shows."""
@@ -60,6 +62,9 @@ class Run:
     plan: Plan
     steps: int
     saver: Saver
+    work: Work
+    rate: float
+    """Floating-point operations a second that all processes do in large matrix products, as measured at the start."""
     done: int = 0
     best: dict[str, Any] | None = None
     """`{"step", "score"}` of the best exam so far."""
@@ -70,6 +75,12 @@ class Run:
     stalled: float = 0.0
     """Seconds that the save after the last step held training up."""
     began: float = field(default_factory=time.monotonic)
+
+    def work_of(self, planned: PlannedStep) -> float:
+        """Floating-point operations that a step needs, over all processes."""
+        chosen = np.concatenate([np.asarray(pack, dtype=np.int64) for pack in planned.packs])
+        patches = int(self.store.patches[chosen].sum())
+        return self.work.of_step(self.store.lengths[chosen], planned.supervised_tokens, patches)
 
     def note_step(self, record: dict[str, Any]) -> None:
         """A step is done."""
@@ -185,7 +196,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     saver = Saver(saving.Storage(record.directory / "checkpoints", mesh.rank, mesh.world), recipe.checkpoint.keep)
     run = Run(
         recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
-        plan, steps, saver,
+        plan, steps, saver, flops.work(student.model), flops.rate(student.device, recipe.model.precision) * mesh.world,
     )
     run.info = _info(run, path, today, proof.difference)
     run.info["seconds"] = previous.get("seconds", 0.0)
@@ -283,7 +294,7 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
         "steps_total": run.steps, "steps_per_epoch": plan.steps_per_epoch,
         "warmup_steps": optim.warmup_steps(recipe.optim, run.steps), "parameters": parameters, "trainable": trainable,
         "packs_at_once": plan.ranks, "micro_batch": plan.tokens, "longest_example": int(run.store.lengths.max()),
-        "exam_questions": len(run.questions),
+        "exam_questions": len(run.questions), "matrix_products_tflops": run.rate / 1e12,
     }
     in_force = {
         "student": f"{type(model).__name__}, {parameters / 1e6:,.2f} M parameters, "

@@ -99,7 +99,7 @@ class Steps:
         """Show a step's record."""
         text = (
             f"loss {record['loss']:.4f} · {record['tokens'] / record['seconds']:,.0f} tokens/s"
-            f" · {record['supervised_tokens'] / record['seconds']:,.0f} supervised/s"
+            f" · {record['supervised_tokens'] / record['seconds']:,.0f} supervised/s · MFU {record['mfu']:.0%}"
         )
         self._progress.update(self._task, completed=record["step"], description=text)
         due = time.monotonic() - self._said > PLAIN_SECONDS or record["step"] in (self._first + 1, self._total)

@@ -65,7 +65,7 @@ def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
                 rate = optim.learning_rate(run.recipe.optim, step.index, run.steps)
                 run.optimizer.step(rate)
                 done = time.perf_counter()
-                record = _record(step, nll, correct, norm, rate, done - ticks, loaded - ticks)
+                record = _record(run, step, nll, correct, norm, rate, done - ticks, loaded - ticks)
                 run.note_step(record)
                 progress.show(record)
             else:
@@ -127,15 +127,17 @@ def _key(seed: int, step: int, pack: tuple[int, ...], part: int) -> int:
 
 
 def _record(
-    step: Step, loss: float, correct: int, norm: float, rate: float, seconds: float, data_seconds: float
+    run: Run, step: Step, loss: float, correct: int, norm: float, rate: float, seconds: float, data_seconds: float
 ) -> dict[str, Any]:
     planned = step.planned
+    speed = run.work_of(planned) / seconds
     return {
         "kind": "step", "step": step.index, "epoch": planned.epoch, "loss": loss,
         "accuracy": correct / planned.supervised_tokens, "grad_norm": norm, "learning_rate": rate,
         "examples": planned.examples, "drawn": _drawn(planned), "tokens": planned.tokens,
         "supervised_tokens": planned.supervised_tokens,
-        "seconds": seconds, "data_seconds": data_seconds, "peak_memory_gib": memory.peak_gib(),
+        "seconds": seconds, "data_seconds": data_seconds, "tokens_per_second": planned.tokens / seconds,
+        "tflops": speed / 1e12, "mfu": speed / run.rate, "peak_memory_gib": memory.peak_gib(),
     }
 
 

@@ -54,7 +54,7 @@ def layout(boundaries: Sequence[int], device: torch.device, exchange: Exchange |
     there, real = [], []
     for members in groups:
         spans = torch.tensor(members)
-        places = spans[:, :1] + torch.arange(int(spans[0, 1] - spans[0, 0]))
+        places = spans[:, :1] + torch.arange(members[0][1] - members[0][0])
         there.append(torch.minimum(places, spans[:, 1:] - 1).flatten())
         real.append((places < spans[:, 1:]).flatten())
     there, real = torch.cat(there), torch.cat(real)

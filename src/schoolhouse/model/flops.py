@@ -1,0 +1,127 @@
+"""The floating-point operations of a step: what its mathematics needs, not what was spent on it.
+
+    a matrix [out, in], for each token:  2 out in in forward, 2 out in for the gradient of its input (not in a vision
+                                         tower that is frozen), 2 out in for its own gradient where it is trained
+    the head:                            the same, for each supervised token only
+    attention of a layer:                2 H (K + K') for each pair of a query and a key it sees; twice that backward
+
+(Kaplan et al., 2020, arXiv:2001.08361, with attention by the true lengths of examples.) Adapters are matrices of their
+own; of a mixture's experts those that a token chooses count. Not counted: what activation checkpointing computes again,
+what is no matrix product, and attention inside a vision tower.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from schoolhouse.model import sight
+
+EXPERTS = "experts"
+"""The module below which each token uses a few matrices of many; shared experts have another name."""
+SIDE = {"cpu": 1536}
+"""Rows and columns of the matrices by which a processor's rate is measured; 8,192 on an accelerator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Operations of one training step, by what they grow with."""
+
+    token: float
+    """For each token of the language model."""
+    target: float
+    """For each supervised token."""
+    patch: float
+    """For each patch of an image."""
+    pair: float
+    """For each pair of a query and a key of one layer, all heads."""
+    windows: tuple[int | None, ...]
+    """Of each layer: the tokens a query sees, itself included; None for all before it."""
+
+    def of_step(self, lengths: np.ndarray, targets: int, patches: int = 0) -> float:
+        """Operations of a step over examples of so many tokens i64[examples], forward and backward."""
+        pairs = sum(float(_pairs(lengths, window).sum()) for window in self.windows)
+        return float(lengths.sum()) * self.token + targets * self.target + patches * self.patch + pairs * self.pair
+
+
+def work(model: PreTrainedModel) -> Work:
+    """What a step of a model costs, by its modules and its configuration."""
+    settings = model.config.get_text_config().to_dict()
+    head = model.get_output_embeddings()
+    vision = sight.PARTS["vision"]
+    parts: dict[bool, list[tuple[str, nn.Module]]] = {True: [], False: []}
+    for name, module in model.named_modules():
+        if module is not head:
+            parts[name.startswith(vision)].append((name, module))
+    heads, layers = settings["num_attention_heads"], settings["num_hidden_layers"]
+    whole = settings.get("head_dim") or settings["hidden_size"] // heads
+    keys = settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"] if "qk_nope_head_dim" in settings else whole
+    values = settings.get("v_head_dim") or whole
+    return Work(
+        token=_passes(parts[False], settings, reached=True),
+        target=_passes([("head", head)], settings, reached=True),
+        patch=_passes(parts[True], settings, reached=any(one.requires_grad for _, module in parts[True]
+                                                         for one in module.parameters(recurse=False))),
+        pair=3 * 2 * heads * (keys + values),
+        windows=tuple(_windows(settings, layers)),
+    )
+
+
+def rate(device: torch.device, precision: str) -> float:
+    """The matrix products that a device does, in operations a second: the best of five large ones, measured."""
+    side = SIDE.get(device.type, 8192)
+    ones = torch.ones(side, side, device=device, dtype=getattr(torch, precision))
+    best = float("inf")
+    for _ in range(5):
+        _wait(device)
+        began = time.perf_counter()
+        ones @ ones
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _passes(modules: Sequence[tuple[str, nn.Module]], settings: Mapping[str, Any], *, reached: bool) -> float:
+    """Operations of the matrices of one part for each token (or patch); whether a gradient comes to its inputs."""
+    matrices = (found for name, module in modules for found in _matrices(name, module, settings))
+    return sum(2 * size * (1 + reached + trained) for size, trained in matrices)
+
+
+def _matrices(name: str, module: nn.Module, settings: Mapping[str, Any]) -> Iterator[tuple[float, bool]]:
+    """The multiplications of a module's own matrices for one token, and whether they are trained."""
+    share = 1.0
+    if EXPERTS in name.split("."):
+        counted = settings.get("num_experts") or settings.get("n_routed_experts") or settings.get("num_local_experts")
+        share = settings["num_experts_per_tok"] / counted
+    if isinstance(module, nn.Linear):
+        yield share * module.in_features * module.out_features, module.weight.requires_grad
+    elif isinstance(module, nn.Conv2d | nn.Conv3d):  # patches side by side: every pixel is met once
+        yield float(module.weight.numel()), module.weight.requires_grad
+    else:
+        for one in module.parameters(recurse=False):
+            if one.ndim == 3 and EXPERTS in name.split("."):
+                yield share * one.shape.numel(), one.requires_grad
+
+
+def _windows(settings: Mapping[str, Any], layers: int) -> Iterator[int | None]:
+    window = settings.get("sliding_window")
+    kinds = settings.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
+    return (window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    """Pairs of a query and a key it sees, in each of causal sequences of i64 lengths."""
+    seen = lengths if window is None else np.minimum(lengths, window)
+    return seen * (seen + 1) / 2 + (lengths - seen) * seen
