@@ -186,3 +186,29 @@ def test_images_and_text_are_spread_over_the_ranks() -> None:
     """Two examples of equal length, one of them with most of the work: it is alone, and the text is with the rest."""
     packs = plans.partition(np.asarray([50, 50, 20, 20]), 200, 2, np.asarray([1000, 0, 0, 0]))
     assert sorted(map(sorted, packs)) == [[0], [1, 2, 3]]
+
+
+@QUICK
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 6), st.integers(0, 400))
+def test_no_even_filling_lasts_shorter(lengths: list[int], ranks: int, more: int) -> None:
+    """Of packs as few as the even filling needs; ranks wait for one another after every round."""
+    sizes, tokens = np.asarray(lengths), max(lengths) + more
+    rows = plans._Rows(sizes, sizes * (1 + sizes / plans.ATTENTION_LENGTH))
+    packs = plans.partition(sizes, tokens, ranks)
+    even = plans._evenly(rows, tokens, ranks * max(1, -(-int(sizes.sum()) // (tokens * ranks))))
+    assert even is None or rows.duration(packs, ranks) <= rows.duration(even, ranks) * (1 + 1e-9)
+
+
+def test_long_examples_share_a_round() -> None:
+    """Over a long tail of lengths on 8 ranks, rounds last 5 % longer than their mean at most; evenly filled 10 %."""
+    random = np.random.default_rng(0)
+    waited, even = [], []
+    for _ in range(20):
+        sizes = np.minimum(np.exp(random.normal(5.5, 1.2, 1024)).astype(np.int64) + 10, 8192)
+        rows = plans._Rows(sizes, sizes * (1 + sizes / plans.ATTENTION_LENGTH))
+        for packs, found in ((plans.partition(sizes, 16384, 8), waited),
+                             (plans._evenly(rows, 16384, 8 * -(-int(sizes.sum()) // (16384 * 8))), even)):
+            if packs is not None:
+                spent = np.asarray([rows.costs[pack].sum() for pack in packs]).reshape(-1, 8)
+                found.append(spent.max(1).sum() / spent.mean(1).sum())
+    assert np.mean(waited) < 1.05 and np.mean(waited) < np.mean(even)

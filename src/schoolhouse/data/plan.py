@@ -7,6 +7,8 @@ step is executed: each holds at most `batch.tokens`, their number is a multiple 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,9 @@ ATTENTION_LENGTH = 4096
 PATCH = 0.3
 """What a patch costs in the vision tower, in tokens: the ratio of the parameters that each meets in Qwen3-VL 2B, 0.4 of
 1.4 billion."""
+
+ROUND = 512
+"""Tokens whose work a round of packs costs besides its own: gathering weights, launching kernels; an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +92,10 @@ def order(examples: int, seed: int, epoch: int) -> np.ndarray:
 def partition(
     lengths: np.ndarray, tokens: int, ranks: int = 1, patches: np.ndarray | None = None
 ) -> list[list[int]]:
-    """Places of `lengths` in packs of at most `tokens`: as few as a greedy rule finds, costs balanced.
+    """Places of `lengths` in packs of at most `tokens`; each run of `ranks` packs is a round, computed side by side.
 
-    The dearest first, each into the cheapest pack that has room (Graham's longest-processing-time rule). An example's
-    cost is that of its tokens and of the `patches` of its images, in language model and vision tower together.
+    An example's cost is that of its tokens and of the `patches` of its images, in language model and vision tower
+    together. A round lasts as long as its dearest pack: of the ways below the one whose rounds last shortest is taken.
     """
     if len(lengths) and lengths.max() > tokens:
         raise ConfigError(
@@ -98,29 +103,80 @@ def partition(
             required="batch.tokens of at least the longest example",
             where="batch.tokens", remedy=f"set batch.tokens={lengths.max()}",
         )
-    number = ranks * max(1, -(-int(lengths.sum()) // (tokens * ranks)))
-    costs = lengths * (1 + lengths / ATTENTION_LENGTH) + (0 if patches is None else patches * PATCH)
-    while True:
-        for balanced in (True, False):  # an even filling where it fits, else the tightest (best fit decreasing)
-            packs = _fill(lengths, costs, tokens, number, balanced)
-            if packs is not None:
-                return packs
-        number += ranks
+    rows = _Rows(lengths, lengths * (1 + lengths / ATTENTION_LENGTH) + (0 if patches is None else patches * PATCH))
+    for rounds in itertools.count(max(1, -(-int(lengths.sum()) // (tokens * ranks)))):
+        ways = [_evenly(rows, tokens, rounds * ranks)]
+        if ranks > 1:
+            ways += [_by_rounds(rows, tokens, ranks, rounds), _by_rounds(rows, tokens, ranks, rounds + 1)]
+        found = [packs for packs in ways if packs is not None]
+        if found:
+            return min(found, key=lambda packs: rows.duration(packs, ranks))
+        tight = _tightly(rows, tokens, rounds * ranks)
+        if tight is not None:
+            return tight
+    raise AssertionError("one example a pack fits")
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Lengths i64[examples] and costs f64[examples]."""
+
+    lengths: np.ndarray
+    costs: np.ndarray
+
+    def duration(self, packs: list[list[int]], ranks: int) -> float:
+        """What rounds of `ranks` packs last in all."""
+        spent = [float(self.costs[pack].sum()) for pack in packs]
+        return sum(ROUND + max(spent[start : start + ranks]) for start in range(0, len(spent), ranks))
+
+
+def _evenly(rows: _Rows, tokens: int, number: int) -> list[list[int]] | None:
+    """All packs of about one cost: the dearest first, each into the cheapest that has room (Graham's LPT rule).
+
+    None where this rule does not find room for all; so do the others.
+    """
+    packs, left = _fill(rows, tokens, number, np.argsort(-rows.costs, kind="stable"), np.inf)
+    return None if left else packs
+
+
+def _by_rounds(rows: _Rows, tokens: int, ranks: int, rounds: int) -> list[list[int]] | None:
+    """Round by round, each up to the cost of its dearest example: the long ones share a round, not each its own."""
+    left, found = list(np.argsort(-rows.costs, kind="stable")), []
+    for after in range(rounds, 0, -1):
+        level = max(rows.costs[left[0]], rows.costs[left].sum() / (ranks * after)) if left and after > 1 else np.inf
+        packs, left = _fill(rows, tokens, ranks, left, level)
+        found += packs
+    return None if left else found
 
 
 def _fill(
-    lengths: np.ndarray, costs: np.ndarray, tokens: int, number: int, balanced: bool
-) -> list[list[int]] | None:
-    """Packs of at most `tokens`, or None where this rule does not find room for all."""
+    rows: _Rows, tokens: int, number: int, places: Sequence[int], level: float
+) -> tuple[list[list[int]], list[int]]:
+    """Places in turn, each into the cheapest pack that has room for it below a cost of `level`; and those left over."""
     packs: list[list[int]] = [[] for _ in range(number)]
-    filled, spent = np.zeros(number, dtype=np.int64), np.zeros(number)
-    for place in np.argsort(-(costs if balanced else lengths), kind="stable"):
-        length = int(lengths[place])
-        room = np.flatnonzero(filled + length <= tokens)
+    filled, spent, left = np.zeros(number, dtype=np.int64), np.zeros(number), []
+    for place in places:
+        fits = (filled + rows.lengths[place] <= tokens) & (spent + rows.costs[place] <= level * (1 + 1e-9))
+        room = np.flatnonzero(fits)
+        if len(room):
+            pack = room[np.argmin(spent[room])]
+            packs[pack].append(int(place))
+            filled[pack] += rows.lengths[place]
+            spent[pack] += rows.costs[place]
+        else:
+            left.append(int(place))
+    return packs, left
+
+
+def _tightly(rows: _Rows, tokens: int, number: int) -> list[list[int]] | None:
+    """The longest first, each into the fullest pack that has room (best fit decreasing)."""
+    packs: list[list[int]] = [[] for _ in range(number)]
+    filled = np.zeros(number, dtype=np.int64)
+    for place in np.argsort(-rows.lengths, kind="stable"):
+        room = np.flatnonzero(filled + rows.lengths[place] <= tokens)
         if not len(room):
             return None
-        pack = room[np.argmin(spent[room])] if balanced else room[np.argmax(filled[room])]
+        pack = room[np.argmax(filled[room])]
         packs[pack].append(int(place))
-        filled[pack] += length
-        spent[pack] += costs[place]
+        filled[pack] += rows.lengths[place]
     return packs

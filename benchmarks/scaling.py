@@ -1,0 +1,144 @@
+"""How work grows: with the length of an example, with the vocabulary, with the width; and how evenly ranks share it.
+
+    python benchmarks/scaling.py length vocabulary width      a small Qwen2 on this machine, one process a point
+    python benchmarks/scaling.py balance --rows ROWS.jsonl --tokenizer DIRECTORY
+
+`balance` computes nothing but plans: what a round of packs lasts against the mean of its ranks, in the plan's own cost
+of an example. `bound` is what no plan can beat: the dearest example of a step over the mean work of a rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+POINTS = {
+    "length": [(length, 4096, 256) for length in (512, 2048, 8192, 32768)],
+    "vocabulary": [(2048, vocabulary, 256) for vocabulary in (4096, 32768, 151936)],
+    "width": [(2048, 4096, width) for width in (128, 256, 512, 1024)],
+}
+"""Tokens of the one example of a micro-batch, entries of the vocabulary, hidden size."""
+LAYOUTS = ((2, 32), (4, 64), (8, 128), (8, 256), (32, 1024), (64, 2048))
+"""Ranks, and examples in a step."""
+STEPS = 40
+
+
+def main() -> None:
+    """Measure what is asked for, print tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[*POINTS, "balance"], default=[*POINTS, "balance"])
+    parser.add_argument("--rows", type=Path, help="JSONL whose rows, as text, give real lengths for `balance`")
+    parser.add_argument("--tokenizer", type=Path, help="directory with tokenizer.json")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--point", nargs=3, type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.point:
+        print(json.dumps(measured(*options.point)))
+        return
+    found: dict[str, list[dict]] = {}
+    for what in options.what:
+        found[what] = []
+        for row in balances(options.rows, options.tokenizer) if what == "balance" else points(what):
+            found[what].append(row)
+            print(what, *(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value}"
+                          for name, value in row.items()), sep="  ", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def points(what: str) -> Iterator[dict]:
+    """Each point in a process of its own, so that its peak memory is its own."""
+    for point in POINTS[what]:
+        done = subprocess.run([sys.executable, __file__, "--point", *map(str, point)], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-2000:])
+        yield json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(length: int, vocabulary: int, width: int) -> dict:
+    """Seconds a token and memory of steps over one example, half of it supervised: forward, backward and AdamW."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from schoolhouse.config import Optim
+    from schoolhouse.model import attention, flops
+    from schoolhouse.model.load import Student
+    from schoolhouse.optim import Optimizer
+    from schoolhouse.types import MicroBatch
+
+    attention.register()
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4,
+        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 128), tie_word_embeddings=True,
+        max_position_embeddings=length,
+    )
+    student = Student(AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).train())
+    optimizer = Optimizer(student.model, Optim(), "float32")
+    weights = torch.zeros(1, length)
+    weights[0, length // 2 :] = 1
+    ids = torch.randint(0, vocabulary, (1, length))
+    micro = MicroBatch(
+        input_ids=ids, labels=ids, weights=weights, positions=torch.arange(length)[None], boundaries=(0, length),
+        targets=weights.flatten().nonzero().flatten(), pack=(0,), supervised=float(weights.sum()),
+    )
+    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for _ in range(max(3, 8192 // length)):
+        began = time.perf_counter()
+        (student.loss(micro).nll / micro.supervised).backward()
+        optimizer.clip()
+        optimizer.step(1e-4)
+        seconds.append(time.perf_counter() - began)
+    took = statistics.median(seconds[1:])
+    needed = flops.work(student.model).of_step(np.asarray([length]), length - length // 2)
+    return {
+        "length": length, "vocabulary": vocabulary, "width": width, "us_per_token": took / length * 1e6,
+        "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        "mfu": needed / took / flops.rate(student.device, "float32"),
+    }
+
+
+def balances(rows: Path | None, tokenizer: Path | None) -> Iterator[dict]:
+    """The plan's rounds over `STEPS` steps of each layout, of real lengths where rows are given, and of a long tail."""
+    from schoolhouse.data import plan
+
+    random = np.random.default_rng(0)
+    tail = np.minimum(np.exp(random.normal(5.5, 1.2, 20000)).astype(np.int64) + 10, 8192)
+    sets = [("long tail", tail, 8192), ("long tail", tail, 16384)]
+    if rows is not None and tokenizer is not None:
+        real = lengths_of(rows, tokenizer)
+        sets.insert(0, (rows.parent.name, real, max(2048, int(real.max()))))
+    for (name, lengths, tokens), (ranks, examples) in itertools.product(sets, LAYOUTS):
+        over, bound = [], []
+        for _ in range(STEPS):
+            chosen = lengths[random.integers(0, len(lengths), examples)]
+            costs = chosen * (1 + chosen / plan.ATTENTION_LENGTH)
+            spent = np.asarray([costs[pack].sum() for pack in plan.partition(chosen, tokens, ranks)])
+            mean = costs.sum() / ranks
+            over.append(spent.reshape(-1, ranks).max(1).sum() / mean)
+            bound.append(max(1.0, costs.max() / mean))
+        yield {"rows": name, "tokens": tokens, "ranks": ranks, "examples": examples,
+               "slowest_over_mean": float(np.mean(over)), "bound": float(np.mean(bound))}
+
+
+def lengths_of(rows: Path, tokenizer: Path) -> np.ndarray:
+    """Tokens of each row's text."""
+    from tokenizers import Tokenizer
+
+    texts = [" ".join(map(str, json.loads(line).values())) for line in rows.read_text(encoding="utf-8").splitlines()]
+    encoded = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode_batch_fast(texts)
+    return np.asarray([len(one.ids) for one in encoded])
+
+
+if __name__ == "__main__":
+    main()
