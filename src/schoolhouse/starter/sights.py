@@ -129,7 +129,7 @@ def _caption(random: Random, things: list[_Thing]) -> tuple[str, str]:
 
 _KINDS = (_caption, _where, _colour, _what, _count, _digit)
 """The kinds of questions."""
-_TAUGHT = (*_KINDS, _caption, _caption, _caption, _where, _colour, _count)
+_TAUGHT = (*_KINDS, _caption, _caption, _where, _where, _colour, _count)
 """Training has more captions, which say most about a picture, and more of what has to be looked for in it."""
 
 
