@@ -25,6 +25,8 @@ SPINS = {"GOMP_SPINCOUNT": "4000"}
 
 Sleeping at once doubles a small model's step; spinning for long lets one other busy process stretch it tenfold.
 """
+PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""PyTorch asks the kernel for large pages: a matrix as large as the vocabulary is a new one in every micro-batch."""
 OVERRIDES = "settings put over the recipe's, e.g. optim.learning_rate=1e-4"
 
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     options = parse(arguments)
     spins = {} if "OMP_WAIT_POLICY" in os.environ else SPINS
-    os.environ.update({**ENVIRONMENT, **spins, **os.environ})
+    os.environ.update({**ENVIRONMENT, **PAGES, **spins, **os.environ})
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     from schoolhouse import commands
