@@ -46,14 +46,15 @@ def _joined(options: Namespace, recipe: Recipe) -> Iterator[Mesh]:
     place.degrees(recipe.parallel, here.world)
     launch.attend()
     from schoolhouse import places
-    from schoolhouse.model import load
+    from schoolhouse.model import load, products
     from schoolhouse.parallel import mesh as meshes
     from schoolhouse.parallel import watch
 
     if here.world > 1:  # once joined, only rank 0 of all could save a starter student
         places.directory_of(recipe.model)
-    mesh = meshes.connect(recipe.parallel, load.device(recipe.device, here.local))
-    with watch.losses(mesh):
+    device = load.device(recipe.device, here.local)
+    mesh = meshes.connect(recipe.parallel, device)
+    with watch.losses(mesh), products.fastest(device, recipe.model.precision):
         yield mesh
     launch.depart()
     meshes.leave(mesh)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from schoolhouse.model import products
 from schoolhouse.types import LossSum
 
 CHUNK_ELEMENTS = 1 << 24
@@ -56,42 +57,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, rows, matrix, bias, labels, weights, scale, softcap, smoothing, training):
         wanted = [training and needed for needed in ctx.needs_input_grad[:3]]
         accurate = torch.promote_types(rows.dtype, torch.float32)
+        if rows.dtype == products.NARROW and products.wide_is_faster(rows.device):
+            rows, matrix = rows.to(accurate), matrix.to(accurate)
         nll = torch.zeros((), dtype=torch.promote_types(accurate, torch.float64), device=rows.device)
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
         grad_rows = torch.empty_like(rows) if wanted[0] else None
-        grad_matrix = torch.zeros_like(matrix, dtype=accurate) if wanted[1] else None
+        grad_matrix = torch.empty_like(matrix, dtype=accurate) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=accurate) if bias is not None and wanted[2] else None
         size = min(max(64, CHUNK_ELEMENTS // len(matrix)), max(1, len(rows)))
-        # taken once for all chunks: fresh pages cost as much as the exponentials
-        held = [rows.new_empty(size, len(matrix), dtype=accurate) for _ in range(2)]
+        held = rows.new_empty(size, len(matrix), dtype=accurate)  # once for all chunks: fresh pages cost time
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            logits, shares = (one[: len(rows[part])] for one in held)
+            logits = held[: len(rows[part])]
             _logits(rows[part], matrix, bias, scale, softcap, out=logits)
             target, weight = labels[part].unsqueeze(1), weights[part].to(accurate).unsqueeze(1)
-            scores = logits.gather(1, target)
+            scores, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
+            correct += (scores == highest).sum()
             if smoothing:
                 scores.lerp_(logits.mean(1, keepdim=True), smoothing)
-            highest, likeliest = logits.max(1, keepdim=True)
-            correct += (likeliest == target).sum()
-            torch.softmax(logits, 1, out=shares)  # the likeliest share is 1 / sum of exp(logit - highest)
-            nll += ((highest - shares.gather(1, likeliest).log() - scores) * weight).sum(dtype=nll.dtype)
+            slope = None if softcap is None else _slope(logits, softcap)
+            total = logits.sub_(highest).exp_().sum(1, keepdim=True)
+            nll += ((highest + total.log() - scores) * weight).sum(dtype=nll.dtype)
             if not any(wanted):
                 continue
-            grad = shares.mul_(weight).scatter_add_(1, target, -weight * (1 - smoothing))
+            grad = logits.mul_(weight / total).scatter_add_(1, target, -weight * (1 - smoothing))
             if smoothing:
                 grad.sub_(weight * (smoothing / len(matrix)))
-            if softcap is not None:
-                grad.mul_(_slope(logits, softcap))
+            if slope is not None:
+                grad.mul_(slope)
             if scale != 1.0:
                 grad.mul_(scale)
             narrow = grad.to(rows.dtype)
             if grad_rows is not None:
                 torch.mm(narrow, matrix, out=grad_rows[part])
             if grad_matrix is not None:
-                _add_product(grad_matrix, narrow.T, rows[part])
+                _add_product(grad_matrix, narrow.T, rows[part], first=start == 0)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+        if grad_matrix is not None and not len(rows):
+            grad_matrix.zero_()
         ctx.save_for_backward(grad_rows, grad_matrix, grad_bias)
         ctx.mark_non_differentiable(correct)
         return nll, correct
@@ -117,13 +121,15 @@ def _logits(rows, matrix, bias, scale, softcap, out):
 
 
 def _slope(logits: torch.Tensor, softcap: float) -> torch.Tensor:
-    """d capped / d uncapped, in place of the capped logits."""
-    return logits.div_(softcap).square_().neg_().add_(1)
+    """d capped / d uncapped, from the capped logits."""
+    return (logits / softcap).square_().neg_().add_(1)
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, summed in the precision of `total`."""
-    if total.dtype == right.dtype:
-        total.addmm_(left, right)
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
+    """total += left @ right, or = for the first, summed in the precision of `total`."""
+    if total.dtype != right.dtype:
+        total.copy_(left @ right) if first else total.add_(left @ right)
+    elif first:
+        torch.mm(left, right, out=total)
     else:
-        total += left @ right
+        total.addmm_(left, right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ from schoolhouse import recipe as recipes
 from schoolhouse import run as runs
 from schoolhouse.data import loader
 from schoolhouse.errors import CheckpointError, ConfigError
+from schoolhouse.model import load, products
 from schoolhouse.parallel.mesh import ALONE
 from schoolhouse.run import Run
 from schoolhouse.screen import Screen
@@ -35,11 +37,10 @@ def replay(directory: Path) -> Iterator[str]:
         _copy(directory, Path(place), bad["step"])
         page = directory / "resolved.yaml"
         recipe = recipes.read(page, [f"directory={json.dumps(place)}", *ONE_PROCESS])
-        run = runs.begin(recipe, page, Screen(), ALONE)
-        try:
-            yield from _again(run, bad)
-        finally:
-            run.record.close()
+        with products.fastest(load.device(recipe.device), recipe.model.precision):
+            run = runs.begin(recipe, page, Screen(), ALONE)
+            with contextlib.closing(run.record):
+                yield from _again(run, bad)
 
 
 def _bad_step(directory: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.model import flops, fourbit, load, lora, spread
+from schoolhouse.model import flops, fourbit, load, lora, products, spread
 from schoolhouse.model.flops import Work
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
@@ -300,8 +300,7 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
         "student": f"{type(model).__name__}, {parameters / 1e6:,.2f} M parameters, "
         f"{trainable / parameters:.2%} trained",
         "way": lora.describe(model, recipe.lora) + fourbit.describe(model) if recipe.lora else "full fine-tuning",
-        "precision": f"{recipe.model.precision}, masters and moments float32" if recipe.model.precision == "bfloat16"
-        else "float32",
+        "precision": products.describe(run.student.device, recipe.model.precision),
         "objective": run.student.teaching.describe(),
         "optimizer": run.optimizer.describe(),
         "attention": f"packed and isolated; equal to {type(model).__name__}'s own to {difference:.0e}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from schoolhouse.config import Lora, Model
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
-from schoolhouse.model import attention, families, fourbit, kernels, lora, sight, teaching
+from schoolhouse.model import attention, families, fourbit, kernels, lora, products, sight, teaching
 from schoolhouse.model.teaching import Drawn, Span, Teaching
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
@@ -165,7 +166,7 @@ def load(
         kernels.fuse(model, place)
     model.to(place).train()
     if settings.activation_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, settings.precision)
     return Student(model)
 
 
@@ -196,11 +197,12 @@ def skeleton(directory: Path, adapters: Lora | None, frozen: tuple[str, ...] = (
     return model
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel, precision: str = "float32") -> None:
     """Keep only the input of each block in forward; backward computes the rest again."""
+    again = functools.partial(products.again, model.device, precision)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.2x; the new name is not in 5.17
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": again})
 
 
 @dataclass(frozen=True, slots=True)
