@@ -87,13 +87,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(states, weight)
-        return F.linear(states.float(), weight.float(), None if bias is None else bias.float()).to(NARROW)
+        ctx.save_for_backward(states, weight)  # `to`, because `float` does not widen a matrix in 4 bits
+        return F.linear(states.float(), weight.to(torch.float32), None if bias is None else bias.float()).to(NARROW)
 
     @staticmethod
     def backward(ctx, above: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (states, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
         wide = above.flatten(0, -2).float()
-        of_states = (wide @ weight.float()).to(NARROW).view_as(states) if needed[0] else None
+        of_states = (wide @ weight.to(torch.float32)).to(NARROW).view_as(states) if needed[0] else None
         of_weight = (wide.T @ states.flatten(0, -2).float()).to(NARROW) if needed[1] else None
         return of_states, of_weight, wide.sum(0).to(NARROW) if needed[2] else None
