@@ -90,6 +90,8 @@ class Message:
     @property
     def text(self) -> str:
         """The text parts, joined."""
+        if len(self.parts) == 1 and self.parts[0].kind == "text":
+            return self.parts[0].value
         return "".join(part.value for part in self.parts if part.kind == "text")
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from schoolhouse.data import encode, turns
 from schoolhouse.data.template import compile_template
 from schoolhouse.data.tokens import Stops
+from schoolhouse.data.words import packed
 from schoolhouse.errors import DataError, TemplateError
 from schoolhouse.types import UNSUPERVISED, Conversation, Example, Origin, Turn
 
@@ -29,7 +30,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def encoded(taught: list[Turn]) -> list[encode.Ids]:
-    return [(ids_of(turn.prompt), ids_of(turn.completion)) for turn in taught]
+    return [(packed(ids_of(turn.prompt)), packed(ids_of(turn.completion))) for turn in taught]
 
 
 def examples(taught: list[Turn], **how) -> tuple[tuple[Example, ...], int]:

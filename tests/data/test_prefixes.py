@@ -155,3 +155,31 @@ def test_random_templates(conversation: Conversation, before, first, second, beh
     loop = "{% for m in " + over + " %}" + first + BODY + second + "{% endfor %}"
     source = "{% set n = namespace(x=0) %}{% set kept = messages %}" + before + loop + behind
     compared(compile_template(source, {"tools": "t"}), conversation)
+
+
+# Whether the assistant is to answer.
+
+ENDS = {
+    "always the same": (PLAIN + "{% if add_generation_prompt %}[a]{% else %}.{% endif %}", "."),
+    "not asked": (PLAIN + "!", "!"),
+    "a variable": (PLAIN + "{% if add_generation_prompt %}[a]{% elif thinking %}t{% endif %}", "t"),
+    "asked in the loop": (PLAIN.replace("</s>", "{{ '</s>' if add_generation_prompt }}"), None),
+    "asked before": ("{% set ask = add_generation_prompt %}" + PLAIN + "{% if ask %}[a]{% endif %}", None),
+    "set before": ("{% set n = 'x' if tools else 'y' %}" + PLAIN + "{{ n }}", None),
+    "the tools": (PLAIN + "{% if tools and add_generation_prompt %}[t]{% endif %}", None),
+    "two loops": ("{% if tools %}" + PLAIN + "a{% else %}" + PLAIN + "b{% endif %}", None),
+    "raises": (PLAIN + "{{ raise_exception('x') if not add_generation_prompt }}", None),
+    "with": ("{% with n = tools %}{% endwith %}" + PLAIN + "{{ n }}", None),
+    "a filter": (PLAIN + "{{ messages | length if add_generation_prompt }}", None),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_stands_behind_all_messages(name: str) -> None:
+    """It is known without a render exactly where it can be no other."""
+    source, end = ENDS[name]
+    template = compile_template(source, {"thinking": True})
+    assert template.default.end == end
+    talk = inventory.conversation("plain")
+    compared(template, talk)
+    assert template.script(talk).under(thinking=False).at_once().program.end is None

@@ -6,13 +6,14 @@ import json
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from schoolhouse.data import pieces, tokens
+from schoolhouse.data import pieces, tokens, words
 from schoolhouse.errors import ConfigError, DataError
 from schoolhouse.types import Turn
 
@@ -48,6 +49,12 @@ def texts_with(added: list[str]) -> st.SearchStrategy[str]:
     return st.lists(part, max_size=12).map("".join)
 
 
+def tokenized(tokenizer: PreTrainedTokenizerBase, row: list[Turn]) -> list[tuple[list[int], ...]]:
+    """The ids of each turn of a row."""
+    [found] = tokens.tokenize_turns(tokenizer, [row])
+    return [tuple(np.frombuffer(ids, np.int32).tolist() for ids in turn) for turn in found]
+
+
 def directly(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -64,6 +71,100 @@ def check_tokenize(tokenizer: PreTrainedTokenizerBase, data: st.DataObject) -> N
 
 def test_tokenizing_in_pieces_is_tokenizing_the_whole(real) -> None:
     check_tokenize(real)
+
+
+WORDS = ("Café", "don'T", "'S", "'ſ", "'\u212a", "ﬅ", "ß", "İı", "'ll", "12345", "١٢", "½", "二", "…", "_", "+=",
+         "\x1c", "\x85", "\u2028", "\u3000", "\r", "\t", "  ", " \n ", "\n\n", "𝒳", "😀", "Å", "A\u030a", "कि", "가",
+         "ᆨ", "–", "`", "~", "abc", "ab")
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.lists(st.one_of(st.sampled_from(WORDS), st.sampled_from(SNIPPETS), st.text(HOSTILE, max_size=3)),
+                         max_size=14).map("".join), max_size=6))
+def check_words(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
+    """Words known from earlier texts, and those of later ones: each text becomes what the tokenizer makes of it."""
+    assert tokens.tokenize(tokenizer, texts) == [directly(tokenizer, text) for text in texts]
+
+
+def test_known_words_have_the_tokens_they_had(real) -> None:
+    check_words(real)
+
+
+def understood(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return words.words(tokenizer.backend_tokenizer, pieces.barrier(tokenizer)) is not None
+
+
+def test_real_tokenizers_whose_words_are_understood(shared) -> None:
+    """SentencePiece's kind has no words: it goes on over blanks."""
+    assert [name for name in REAL if not understood(loaded(name))] == ["llama2"]
+
+
+@pytest.mark.parametrize("source", [r"\p{L}+", r"\p{N}+", r"\s+", r"\p{P}+", r"[^\s\p{L}\p{N}]+"])
+def test_every_character_of_the_basic_plane(source: str) -> None:
+    """Both engines see the same letters, digits and blanks, whatever Unicode they were made for."""
+    text = "".join(chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000)
+    pieces_ = pre_tokenizers.Split(Regex(source), "isolated").pre_tokenize_str(text)
+    assert words._split(source)(text) == [piece for piece, _ in pieces_]
+
+
+def test_letters_that_are_others_where_case_is_ignored() -> None:
+    """Engines differ in what they take for the same, so texts with such letters are left to the tokenizer."""
+    same = {letter for code in range(128, 0x10000) if not 0xD800 <= code < 0xE000 and (letter := chr(code)) and any(
+        one and one.isascii() for one in (letter.lower()[:1], letter.upper(), letter.casefold()))}
+    assert same == set(words._FOLDED)
+    backend = splitting(LLAMA3).backend_tokenizer
+    cut = words.words(backend, pieces.barrier(splitting(LLAMA3)))._cut
+    assert cut("'ſ") is None and cut("'ß") == ["'ß"]
+
+
+def splitting(pattern: str, behavior: str = "isolated", **more: bool) -> PreTrainedTokenizerBase:
+    """A tokenizer that cuts by an expression and joins `ab` and two line breaks."""
+    tokenizer = made(merges=(("a", "b"), ("Ċ", "Ċ"), ("Ġ", "a"), ("'", "s")))
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=more.pop("prefix", False), use_regex=False)
+    split = pre_tokenizers.Split(Regex(pattern), behavior, **more)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    return tokenizer
+
+
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
+          r"|\s+(?!\S)|\s+")
+EXPRESSIONS = (LLAMA3, CL100K, r" ?[a-zA-Z]+|\d|\W", r"[^\S\n]*\w+|\s", r"\s?\p{Ll}\p{Lu}*|\p{P}+",
+               r"[a-c\-\]]+?b| +", r"[aĀ-ſ]+|\s+", r"(?:ab)+|(?=b)b|\P{L}", r"ab(?=c)|\w|\s")
+
+
+@pytest.mark.parametrize("pattern", EXPRESSIONS)
+def test_expressions_that_are_understood(pattern: str) -> None:
+    tokenizer = splitting(pattern)
+    assert understood(tokenizer)
+    check_words(tokenizer)
+
+
+@pytest.mark.parametrize("pattern", [
+    r"a.b| ", r"^a| ", r"a$| ", r"(?<=a)b| ", r"[a-c&&[b]]| ", r"[[:alpha:]]+| ", r"\b| ", r"a*", r"(a| )", r"\h+| ",
+    r"a{2}+| ", r"(?i:\p{L})| ", r"(?m:a)| ", r"\R| ",
+])
+def test_expressions_that_are_not_understood_are_left_to_the_tokenizer(pattern: str) -> None:
+    tokenizer = splitting(pattern)
+    assert not understood(tokenizer)
+    check_words(tokenizer)
+
+
+def test_other_ways_of_cutting_are_left_to_the_tokenizer() -> None:
+    assert not understood(splitting(" ", "removed")) and not understood(splitting(" ", "merged_with_next"))
+    assert not understood(splitting(" ", invert=True)) and not understood(splitting(" ", prefix=True))
+    assert not understood(made(normalizer=normalizers.NFKC())) and understood(made(normalizer=normalizers.NFC()))
+    assert not understood(made(token("<l>", lstrip=True))) and not understood(made(metaspace="first"))
+
+
+def test_words_are_forgotten_when_they_are_too_many(monkeypatch) -> None:
+    monkeypatch.setattr(words, "MOST_CHARACTERS", 40)
+    tokenizer = splitting(LLAMA3)
+    known = words.words(tokenizer.backend_tokenizer, pieces.barrier(tokenizer))
+    for number in range(100):
+        assert known.ids([f"a{number} b"]) == words.encoded(tokenizer.backend_tokenizer, [f"a{number} b"])
+        assert len(known.known) < 30
 
 
 def test_long_texts_are_cut_where_the_tokenizer_has_special_tokens(real) -> None:
@@ -145,8 +246,7 @@ def check_turns(tokenizer: PreTrainedTokenizerBase, data: st.DataObject) -> None
     word = st.sampled_from(["Hello", " there", "\nnew", "12", "é", "好", "  two", "<b>"])
     parts = data.draw(st.lists(st.lists(word, min_size=1, max_size=5).map("".join), min_size=2, max_size=6))
     row = [Turn(prompt, parts[place + 1], 1.0) for place, prompt in enumerate(accumulate(parts[:-1]))]
-    [found] = tokens.tokenize_turns(tokenizer, [row])
-    for turn, (prompt, completion) in zip(row, found, strict=True):
+    for turn, (prompt, completion) in zip(row, tokenized(tokenizer, row), strict=True):
         assert prompt == directly(tokenizer, turn.prompt)
         assert tokenizer.decode(prompt + completion) == tokenizer.decode(prompt) + turn.completion
 
@@ -163,16 +263,16 @@ def test_completions_go_on_where_every_line_break_would_join_them(scheme: str) -
 
 @pytest.mark.parametrize("name", [name for name in REAL if name != "llama2"])
 def test_where_the_beginning_of_a_text_is_not_marked_completions_are_tokenized_alone(shared, name: str) -> None:
-    [[(_, completion)]] = tokens.tokenize_turns(loaded(name), [[Turn("q", " an answer", 1.0)]])
+    [(_, completion)] = tokenized(loaded(name), [Turn("q", " an answer", 1.0)])
     assert completion == directly(loaded(name), " an answer")
 
 
 def test_sentencepiece_writes_no_blank_behind_a_prompt(shared) -> None:
     """Llama 2 marks the beginning of a text with a blank; an answer behind `[/INST]` must not begin with two."""
     llama = loaded("llama2")
-    [[(prompt, completion)]] = tokens.tokenize_turns(llama, [[Turn("[INST] q [/INST]", " an answer</s>", 1.0)]])
+    [(prompt, completion)] = tokenized(llama, [Turn("[INST] q [/INST]", " an answer</s>", 1.0)])
     assert prompt + completion == directly(llama, "[INST] q [/INST] an answer</s>")
-    [[(_, alone)]] = tokens.tokenize_turns(llama, [[Turn("", "an answer</s>", 1.0)]])
+    [(_, alone)] = tokenized(llama, [Turn("", "an answer</s>", 1.0)])
     assert alone == directly(llama, "an answer</s>")
 
 
@@ -210,7 +310,7 @@ def test_padding_with_the_end_token_changes_nothing(shared) -> None:
     gpt2 = loaded("gpt2")
     assert gpt2.pad_token_id == gpt2.eos_token_id
     assert tokens.stop_tokens(shared / "tokenizers" / "gpt2", gpt2, ()).ids == (gpt2.eos_token_id,)
-    [[(_, completion)]] = tokens.tokenize_turns(gpt2, [[Turn("q", "an answer<|endoftext|>", 1.0)]])
+    [(_, completion)] = tokenized(gpt2, [Turn("q", "an answer<|endoftext|>", 1.0)])
     assert completion[-1] == gpt2.eos_token_id
 
 

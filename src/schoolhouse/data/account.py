@@ -13,6 +13,7 @@ import numpy as np
 
 from schoolhouse.config import Data
 from schoolhouse.data.encode import TooLongError
+from schoolhouse.data.store import Arrays
 from schoolhouse.errors import DataError, TemplateError
 from schoolhouse.types import EncodedRow, Ledger, Origin
 
@@ -60,18 +61,21 @@ class Tally:
             "required": error.required, "content": content,
         })
 
-    def keep(self, row: EncodedRow, stop_ids: tuple[int, ...]) -> None:
-        """A row with its examples; without any it is too long."""
+    def keep(self, row: EncodedRow) -> None:
+        """A row that has examples; without any it is too long."""
         self.sizes[row.longest.bit_length()] += 1
         if not row.examples:
             self.drop(row.conversation.origin, "longer than data.max_tokens")
             return
         self.verdicts[row.verdict] += 1
+        self.counts["cut"] += row.cut_turns > 0
+        self.counts["turns"] += len(row.turns) - row.cut_turns
+
+    def deliver(self, arrays: Arrays, stop_ids: tuple[int, ...]) -> None:
+        """The examples of all rows that were kept, as they are stored."""
         self.counts.update(
-            cut=int(row.cut_turns > 0), examples=len(row.examples), turns=len(row.turns) - row.cut_turns,
-            stopped_turns=sum(int(np.isin(example.labels, stop_ids).sum()) for example in row.examples),
-            tokens=sum(len(example.input_ids) for example in row.examples),
-            supervised_tokens=sum(example.supervised for example in row.examples),
+            examples=len(arrays["lengths"]), stopped_turns=int(np.isin(arrays["labels"], stop_ids).sum()),
+            tokens=int(arrays["lengths"].sum()), supervised_tokens=int(arrays["supervised_tokens"].sum()),
         )
 
 

@@ -11,8 +11,10 @@ import numpy as np
 from schoolhouse.errors import DataError, TemplateError
 from schoolhouse.types import UNSUPERVISED, Example, Origin, Picture, Turn
 
-Ids = tuple[list[int], list[int]]
-"""Token ids of a turn's prompt and of its completion."""
+Ids = tuple[bytes, bytes]
+"""Token ids of a turn's prompt and of its completion, as int32: so they are put together and compared at once."""
+_SIZE = 4
+"""Bytes of an id."""
 TooLong = Literal["error", "drop", "turns"]
 
 
@@ -27,26 +29,27 @@ class TooLongError(DataError):
 class _Sequence:
     """Tokens of turns that continue one another, before they become an example."""
 
-    tokens: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    """The number of tokens through the stop token of each turn."""
+    tokens: bytes = b""
+    spans: list[tuple[int, int, float]] = field(default_factory=list)
+    """Of each turn: the places of its completion's first token and behind its stop token, and its weight."""
     images: list[tuple[Picture, ...]] = field(default_factory=list)
-    """The images shown up to each of these ends."""
+    """The images shown up to the end of each turn."""
 
-    def append(self, prompt: list[int], completion: list[int], turn: Turn) -> None:
-        new = len(prompt) - len(self.tokens)
-        self.weights += [0.0] * new + [turn.weight] * len(completion)
+    def append(self, prompt: bytes, completion: bytes, turn: Turn) -> None:
         self.tokens = prompt + completion
-        self.ends.append(len(self.tokens))
+        self.spans.append((len(prompt) // _SIZE, len(self.tokens) // _SIZE, turn.weight))
         self.images.append(turn.images)
 
-    def example(self, end: int, origin: Origin) -> Example:
-        """The first `end` tokens as inputs and aligned targets: the one shift of the whole program."""
-        tokens = np.asarray(self.tokens[:end], dtype=np.int32)
-        weights = np.asarray(self.weights[1:end], dtype=np.float32)
-        labels = np.where(weights != 0, tokens[1:], np.int32(UNSUPERVISED)).astype(np.int32)
-        return Example(tokens[:-1], labels, weights, origin, self.images[self.ends.index(end)])
+    def example(self, turns: int, origin: Origin) -> Example:
+        """The first turns as inputs and aligned targets: the one shift of the whole program."""
+        end = self.spans[turns - 1][1]
+        tokens = np.frombuffer(self.tokens, np.int32, end)
+        weights, labels = np.zeros(end - 1, np.float32), np.full(end - 1, UNSUPERVISED, np.int32)
+        for first, last, weight in self.spans[:turns]:
+            if np.float32(weight):
+                target, place = max(first, 1), slice(max(first, 1) - 1, last - 1)
+                weights[place], labels[place] = weight, tokens[target:last]
+        return Example(tokens[:-1], labels, weights, origin, self.images[turns - 1])
 
 
 def to_examples(
@@ -61,17 +64,17 @@ def to_examples(
     what a serving engine with a prefix cache would find; otherwise it begins a new one.
     """
     sequences = _merge(turns, ids, stop_ids, origin)
-    longest = max((sequence.ends[-1] - 1 for sequence in sequences), default=0)
+    longest = max((sequence.spans[-1][1] - 1 for sequence in sequences), default=0)
     examples, cut = [], 0
     for sequence in sequences:
-        fitting = [end for end in sequence.ends if end - 1 <= max_tokens]
-        if len(fitting) < len(sequence.ends) and too_long != "turns":
+        fitting = sum(end - 1 <= max_tokens for _, end, _ in sequence.spans)
+        if fitting < len(sequence.spans) and too_long != "turns":
             if too_long == "error":
                 raise _too_long(longest, max_tokens, origin)
             return (), 0, longest
-        cut += len(sequence.ends) - len(fitting)
+        cut += len(sequence.spans) - fitting
         if fitting:
-            examples.append(sequence.example(fitting[-1], origin))
+            examples.append(sequence.example(fitting, origin))
     return tuple(examples), cut, longest
 
 
@@ -81,18 +84,19 @@ def _merge(
     sequences: list[_Sequence] = []
     for turn, (prompt, completion) in zip(turns, ids, strict=True):
         _check_stop(completion, stop_ids, turn, origin)
-        if not sequences or prompt[: len(sequences[-1].tokens)] != sequences[-1].tokens:
+        if not sequences or not prompt.startswith(sequences[-1].tokens):
             sequences.append(_Sequence())
         sequences[-1].append(prompt, completion, turn)
     return sequences
 
 
-def _check_stop(completion: list[int], stop_ids: Collection[int], turn: Turn, origin: Origin) -> None:
+def _check_stop(completion: bytes, stop_ids: Collection[int], turn: Turn, origin: Origin) -> None:
     """The stop token must be the last target and the only one of its kind, as generation would end there."""
-    stops = [place for place, token in enumerate(completion) if token in stop_ids]
-    if stops != [len(completion) - 1]:
+    tokens = memoryview(completion).cast("i").tolist()
+    stops = [place for place, token in enumerate(tokens) if token in stop_ids]
+    if stops != [len(tokens) - 1]:
         raise TemplateError(
-            f"the answer's stop token is not one token: {turn.completion[-40:]!r} becomes {completion[-8:]}",
+            f"the answer's stop token is not one token: {turn.completion[-40:]!r} becomes {tokens[-8:]}",
             required=f"a last token among {sorted(stop_ids)}",
             where=str(origin),
             remedy="set model.stop_tokens to a token of the tokenizer's vocabulary",

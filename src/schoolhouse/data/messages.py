@@ -83,6 +83,8 @@ def _message(value: object, where: str) -> Message:
             f"{value!r:.60} is no message", required="an object with a role and a content", where=where,
             remedy="mend the row",
         )
+    if len(value) == 2 and (plain := _plain(value)):
+        return plain
     role = _role(value, where)
     content = _agreed(value, ("content", "value"), where)
     calls = _tool_calls(value, where)
@@ -100,6 +102,15 @@ def _message(value: object, where: str) -> Message:
     )
     _check_substance(message, content, where)
     return message
+
+
+def _plain(value: Mapping[str, Any]) -> Message | None:
+    """The message of a role and a text, as most are, told at once; None where there may be more to say."""
+    role, content = value.get("role") or value.get("from"), value.get("content") or value.get("value")
+    known = _ROLE_OF.get(role) if isinstance(role, str) else None
+    if known in (None, _FUNCTION_CALL) or not isinstance(content, str) or not content.isascii():
+        return None
+    return Message(known, (Part("text", content),))
 
 
 def _role(message: Mapping[str, Any], where: str) -> str:

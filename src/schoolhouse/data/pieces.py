@@ -9,6 +9,7 @@ in what is left, of those that are.)
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,10 +35,18 @@ class Barrier:
     """Those of both that take nothing of their neighbourhood with them."""
     longest: int
     """Characters of the longest of all."""
+    all_plain: bool
+    """Whether there is no other added token, so that a piece holds none but perhaps one at its beginning."""
 
     def places(self, text: str, start: int = 0) -> list[int]:
         """The places from `start`, a place itself or 0, before which the text can be cut."""
-        return [match.start() for match in self._matches(text, start) if match[0] in self.plain]
+        matches = self._matches if self.second is not _NEVER else self.first.finditer
+        return [match.start() for match in matches(text, start) if match[0] in self.plain]
+
+    def head(self, piece: str) -> int:
+        """The length of the added token at the beginning of a piece; 0 where there is none."""
+        match = self.first.match(piece) or self.second.match(piece)
+        return match.end() if match else 0
 
     def _matches(self, text: str, start: int) -> Iterator[re.Match[str]]:
         for match in self.first.finditer(text, start):
@@ -51,26 +60,29 @@ class Barrier:
 
         A place found in a text is one of its continuation too if no longer token could begin before it.
         """
-        before, places = "", [0]
+        before, places, pieces = "", [0], [""]
         for text in texts:
+            kept = 0
             if text.startswith(before):
-                places = [place for place in places if place + self.longest <= len(before)] or [0]
-                places = places[:-1] + sorted({places[-1], *self.places(text, places[-1])})
-            else:
-                places = sorted({0, *self.places(text)})
+                kept = max(bisect.bisect_right(places, len(before) - self.longest) - 1, 0)
+            start = places[kept] if kept else 0
+            new = [start, *(place for place in self.places(text, start) if place > start), len(text)]
+            places = places[:kept] + new[:-1]
+            pieces = pieces[:kept] + [text[first:last] for first, last in pairwise(new)]
             before = text
-            yield [text[start:end] for start, end in pairwise([*places, len(text)])]
+            yield pieces
 
 
 def barrier(tokenizer: PreTrainedTokenizerBase) -> Barrier:
     """The barrier of a tokenizer; one that finds nothing for a tokenizer written in Python."""
     if not tokenizer.is_fast or tokenizer.backend_tokenizer.encode_special_tokens:
-        return Barrier(_NEVER, _NEVER, frozenset(), 0)
+        return Barrier(_NEVER, _NEVER, frozenset(), 0, False)
     added = list(tokenizer.added_tokens_decoder.values())
     first = [token for token in added if not token.normalized]
     second = [token for token in added if token.normalized] if tokenizer.backend_tokenizer.normalizer is None else []
     plain = frozenset(token.content for token in first + second if _is_plain(token))
-    return Barrier(_any(first), _any(second), plain, max((len(token.content) for token in added), default=0))
+    longest = max((len(token.content) for token in added), default=0)
+    return Barrier(_any(first), _any(second), plain, longest, len(plain) == len(added))
 
 
 def _is_plain(token: AddedToken) -> bool:

@@ -6,6 +6,9 @@ alone, if until then it has neither read a later message nor asked how many ther
 `Watched`, which notes how far they were read. What it writes behind the loop is the same for all prefixes, if the code
 there depends on nothing that the messages decide; that is read off the template once. A prefix for which one of the
 two does not hold is rendered by itself.
+
+Whether the assistant is to answer (`add_generation_prompt`) is often asked behind the loop only. Then what stands there
+for both cases is known, and one render gives the prompts and the full texts.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from jinja2 import nodes
 
 MARK = "\ue000 behind a message \ue001"
 """Written behind each message, as one piece; one more of the data's own would be noticed by their number."""
+
+TO_ANSWER = "add_generation_prompt"
+"""The variable that asks for the text up to where the assistant begins to write."""
 
 
 class UnseenError(BaseException):
@@ -67,20 +73,46 @@ class Watched:
     __len__ = __eq__ = __ne__ = __contains__ = __add__ = __radd__ = __str__ = __repr__ = __hash__ = _refuse
 
 
-def marked(environment: jinja2.Environment, source: str) -> jinja2.Template | None:
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A template with marks behind its messages."""
+
+    jinja: jinja2.Template
+    end: jinja2.Template | None
+    """What it writes behind its messages, where that depends on nothing but its variables, and nothing before it asks
+    whether the assistant is to answer."""
+
+
+def marked(environment: jinja2.Environment, source: str) -> Marked | None:
     """The template with marks behind its messages; None where what it writes behind its loop depends on them."""
     tree = environment.parse(source)
-    about = _about_messages(tree)
-    if not _mark_last_loop(tree.body, [], about):
+    about, ends = _about_messages(tree), []
+    if not _mark_last_loop(tree.body, [], about, ends):
         return None
     tree.set_environment(environment)
-    return environment.from_string(tree)
+    end = nodes.Template(ends[0], lineno=1) if _is_same_for_all(tree, ends, about) else None
+    if end is not None:
+        end.set_environment(environment)
+    return Marked(environment.from_string(tree), end and environment.from_string(end))
+
+
+def _is_same_for_all(tree: nodes.Template, ends: Sequence[list[nodes.Node]], about: set[str]) -> bool:
+    """Whether what stands behind the only marked loop reads nothing that differs between conversations."""
+    if len(ends) > 1 or any(tree.find_all((nodes.Block, nodes.Import, nodes.FromImport, nodes.Include))):
+        return False
+    changed = about | {"tools", "documents"}
+    for one in tree.find_all((nodes.Assign, nodes.With)):
+        for target in [one.target] if isinstance(one, nodes.Assign) else one.targets:
+            changed |= _target_names(target)
+    read = [name.name for node in ends[0] for name in node.find_all(nodes.Name)]
+    asked = [name.name for name in tree.find_all(nodes.Name)].count(TO_ANSWER)
+    return not changed & {*read} and asked == read.count(TO_ANSWER)
 
 
 def rendered(
     program: jinja2.Template, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-) -> dict[int, str]:
-    """The texts of a marked template for the first 1, 2, … messages: those that one render of all of them gives."""
+) -> tuple[dict[int, str], str]:
+    """What a marked template writes of the first 1, 2, … messages, so far as one render gives it, and what behind."""
     reading, written, marks = _Reading(), [""], []
     try:
         for text in program.generate(messages=Watched(messages, reading), **variables):
@@ -90,13 +122,13 @@ def rendered(
             else:
                 written[-1] += text
     except UnseenError:
-        return {}
+        return {}, ""
     *pieces, tail = written
     first = len(messages) - len(pieces)
     if first != reading.started:  # messages passed over, or marks of the data's own
-        return {}
+        return {}, ""
     furthest = enumerate(zip(accumulate(pieces), marks, strict=True), start=first)
-    return {index + 1: head + tail for index, (head, seen) in furthest if seen <= index}
+    return {index + 1: head for index, (head, seen) in furthest if seen <= index}, tail
 
 
 def _about_messages(tree: nodes.Template) -> set[str]:
@@ -120,18 +152,24 @@ def _reads(node: nodes.Node, names: set[str]) -> bool:
     return bool(_target_names(node) & names)
 
 
-def _mark_last_loop(body: list[nodes.Node], behind: list[nodes.Node], about: set[str]) -> bool:
+def _mark_last_loop(
+    body: list[nodes.Node], behind: list[nodes.Node], about: set[str], ends: list[list[nodes.Node]]
+) -> bool:
     """Mark the last loop over the messages among the statements of a template, in each branch; whether there is one.
 
-    `behind` is what follows the statements; a loop before something that the messages decide is not marked.
+    `behind` is what follows the statements; a loop before something that the messages decide is not marked. `ends` is
+    given what follows each marked loop.
     """
     for place in reversed(range(len(body))):
         node, rest = body[place], [*body[place + 1 :], *behind]
         if isinstance(node, nodes.For) and _reads(node.iter, about):
-            return _mark(node) if not (node.else_ or any(_reads(one, about) for one in rest)) else False
+            if node.else_ or any(_reads(one, about) for one in rest):
+                return False
+            ends.append(rest)
+            return _mark(node)
         if isinstance(node, nodes.If):
             branches = [node.body, *(one.body for one in node.elif_), node.else_]
-            if any([_mark_last_loop(branch, rest, about) for branch in branches]):
+            if any([_mark_last_loop(branch, rest, about, ends) for branch in branches]):
                 return True
     return False
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.util
 import itertools
@@ -122,6 +124,19 @@ def _alone() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python looks for unused cycles whenever many objects were made: here they are in use, and there are none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def _encode_chunk(
     serving: Serving, rules: Rules, choice: Choice, names: Sequence[str], chunk: Chunk
 ) -> tuple[store.Arrays, list[Picture], Tally]:
@@ -141,9 +156,11 @@ def _encode_chunk(
         if isinstance(found, DataError):
             tally.fault(conversation.origin, found, row)
         else:
-            tally.keep(found, model.stops.ids)
+            tally.keep(found)
             examples += found.examples
-    return store.to_arrays(examples, names), [one for example in examples for one in example.vision], tally
+    arrays = store.to_arrays(examples, names)
+    tally.deliver(arrays, model.stops.ids)
+    return arrays, [one for example in examples for one in example.vision], tally
 
 
 def _taught(

@@ -111,9 +111,9 @@ class Served:
 
     def _check_vocabulary(self, examples: Sequence[Example], origin: Origin) -> None:
         """Each token must have an embedding: a tokenizer of another model may have more."""
-        for example in examples:
-            largest = max(int(example.input_ids.max(initial=0)), int(example.labels.max(initial=0)))
-            if self.vocabulary is not None and largest >= self.vocabulary:
+        for example in examples if self.vocabulary is not None else ():
+            largest = max(int(example.input_ids.max(initial=0)), int(example.labels[-1]))  # the only other token
+            if largest >= self.vocabulary:
                 text = self.tokenizer.decode([largest])
                 raise DataError(
                     f"token {largest} ({text!r}) has no embedding: the tokenizer is another model's",

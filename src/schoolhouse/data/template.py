@@ -52,6 +52,8 @@ class Program:
     """The variables it asks for beside the messages, e.g. `enable_thinking`."""
     marked: jinja2.Template | None
     """The same with marks behind its messages, for the fast path; None where there is none."""
+    end: str | None
+    """What it writes behind all messages if nobody is to answer, where that is always the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +88,21 @@ class Script:
     """The fast path: texts by the number of messages, and whether the assistant is to answer."""
 
     def at_once(self) -> Script:
-        """The same script, with the texts of its prefixes that two renders of the whole give."""
+        """The same script, with the texts of its prefixes that one or two renders of the whole give."""
         if self.program.marked is None:
             return self
-        known: dict[tuple[int, bool], str] = {}
-        for to_answer in (True, False):
+        known, end = {}, self.program.end
+        for to_answer in (True, False) if end is None else (True,):
             with contextlib.suppress(*RAISED), bounds.limited():  # where it raises, each prefix is rendered alone
-                texts = prefixes.rendered(self.program.marked, self.messages, self._given(to_answer))
-                known |= {(count, to_answer): text for count, text in texts.items()}
-        return replace(self, known=known)
+                texts, tail = prefixes.rendered(self.program.marked, self.messages, self._given(to_answer))
+                known |= {(count, False): text + end for count, text in texts.items()} if end is not None else {}
+                known |= {(count, to_answer): text + tail for count, text in texts.items()}
+        return Script(self.program, self.variables, self.conversation, self.messages, self.tools, known)
 
     def under(self, **variables: Any) -> Script:
         """The same script with other variables."""
-        return replace(self, variables={**self.variables, **variables}, known={})
+        program = replace(self.program, end=None)
+        return replace(self, program=program, variables={**self.variables, **variables}, known={})
 
     def having(self, index: int, message: Message) -> Script:
         """The same script with another message in one place."""
@@ -201,7 +205,21 @@ def _program(environment: jinja2.Environment, source: str, variables: Mapping[st
         except RAISED:
             return None
 
-    return Program(program, handed.ask(written), frozenset(arguments), prefixes.marked(environment, source))
+    marked = prefixes.marked(environment, source)
+    return Program(
+        program, handed.ask(written), frozenset(arguments), marked and marked.jinja, marked and _end(marked, variables)
+    )
+
+
+def _end(marked: prefixes.Marked, variables: Mapping[str, Any]) -> str | None:
+    """What the template writes behind all messages if nobody is to answer."""
+    if marked.end is None:
+        return None
+    try:
+        with bounds.limited():
+            return bounds.checked(marked.end.render(**{prefixes.TO_ANSWER: False, **variables}))
+    except RAISED:
+        return None
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

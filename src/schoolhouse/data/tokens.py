@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from schoolhouse import places
-from schoolhouse.data import pieces
+from schoolhouse.data import pieces, words
 from schoolhouse.errors import ConfigError, DataError
 from schoolhouse.types import Turn
 
@@ -23,7 +26,6 @@ FILES = (
     "preprocessor_config.json",
 )
 """Everything in a model directory that decides what a row becomes."""
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,63 +55,84 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Each text alone to ids; nothing is added, because a chat template writes its own special tokens."""
-    return _encode(tokenizer, list(pieces.barrier(tokenizer).split_all(texts)))
+    reader = _reader(tokenizer)
+    return [np.frombuffer(ids, np.int32).tolist() for ids in _encode(reader, list(reader.barrier.split_all(texts)))]
 
 
 def tokenize_turns(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Turn]]
-) -> list[list[tuple[list[int], list[int]]]]:
-    """The ids of prompt and completion of each turn of each row; what texts share is tokenized once.
+) -> list[list[tuple[bytes, bytes]]]:
+    """The ids, as int32, of prompt and completion of each turn of each row; what texts share is tokenized once.
 
     A prompt is tokenized alone, as serving does it, a completion as the model goes on behind a prompt.
     """
-    barrier = pieces.barrier(tokenizer)
+    reader = _reader(tokenizer)
     turns = [turn for row in rows for turn in row]
-    prompts = [text for row in rows for text in barrier.split_all(turn.prompt for turn in row)]
-    completions = list(barrier.split_all(turn.completion for turn in turns))
-    ids = _encode(tokenizer, [*prompts, *completions])
+    prompts = [text for row in rows for text in reader.barrier.split_all(turn.prompt for turn in row)]
+    completions = list(reader.barrier.split_all(turn.completion for turn in turns))
+    ids = _encode(reader, [*prompts, *completions])
     shown, written = ids[: len(turns)], ids[len(turns):]
-    if _marks_beginning(tokenizer):
-        behind = _behind(tokenizer, [turn.completion for turn in turns])
+    if reader.marks_beginning:
+        behind = _behind(reader, [turn.completion for turn in turns])
         written = [behind.get(turn.completion, alone) if turn.prompt else alone
                    for turn, alone in zip(turns, written, strict=True)]
     pairs = zip(shown, written, strict=True)
     return [list(islice(pairs, len(row))) for row in rows]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) -> list[list[int]]:
-    """The ids of texts that are given in pieces; each distinct piece is tokenized once."""
-    unique = list(dict.fromkeys(chain.from_iterable(texts)))
-    if not unique:
-        return [[] for _ in texts]
-    known = dict(zip(unique, _alone(tokenizer, unique), strict=True))
-    return [list(chain.from_iterable(map(known.__getitem__, text))) for text in texts]
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A tokenizer with what was found out about it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    barrier: pieces.Barrier
+    words: words.Words | None
+    """None where each text has to be tokenized as a whole."""
+
+    @property
+    def marks_beginning(self) -> bool:
+        """Whether a text's first word is another one behind a prompt: SentencePiece's kind writes a blank before it."""
+        lead, *texts = _encode(self, [[text] for text in ("\n", "a", " a", "\na", "\n a")])
+        return texts[2:] != [lead + ids for ids in texts[:2]]
 
 
-def _alone(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The ids of each text alone, without offsets and masks where the tokenizer is one of Rust."""
+@functools.lru_cache(maxsize=4)
+def _reader(tokenizer: PreTrainedTokenizerBase) -> _Reader:
+    """Found out once: a tokenizer does not change after it was loaded."""
+    barrier = pieces.barrier(tokenizer)
     if not tokenizer.is_fast:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return _Reader(tokenizer, barrier, None)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer.json may ask for both
     backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return _Reader(tokenizer, barrier, words.words(backend, barrier))
 
 
-def _marks_beginning(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text's first word is another one behind a prompt: SentencePiece's kind writes a blank before it."""
-    lead, *texts = _encode(tokenizer, [[text] for text in ("\n", "a", " a", "\na", "\n a")])
-    return texts[2:] != [lead + ids for ids in texts[:2]]
+def _encode(reader: _Reader, texts: Sequence[Sequence[str]]) -> list[bytes]:
+    """The ids of texts that are given in pieces; each distinct piece is tokenized once."""
+    unique = list(dict.fromkeys(chain.from_iterable(texts)))
+    known = dict(zip(unique, _alone(reader, unique), strict=True))
+    return [b"".join(map(known.__getitem__, text)) for text in texts]
 
 
-def _behind(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
+def _alone(reader: _Reader, texts: list[str]) -> list[bytes]:
+    """The ids of each text alone."""
+    if reader.words:
+        return reader.words.ids(texts)
+    if reader.tokenizer.is_fast:
+        return words.encoded(reader.tokenizer.backend_tokenizer, texts)
+    plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return [words.packed(ids) for ids in reader.tokenizer(texts, **plain)["input_ids"]] if texts else []
+
+
+def _behind(reader: _Reader, texts: Sequence[str]) -> dict[str, bytes]:
     """The ids of texts as they stand behind another, of which they must not change the ids."""
-    found: dict[str, list[int]] = {}
+    found: dict[str, bytes] = {}
     for lead in ("\n", ".", "a"):
         unknown = [text for text in texts if text not in found]
-        mark, *longer = tokenize(tokenizer, [lead, *(lead + text for text in unknown)])
+        mark, *longer = _encode(reader, list(reader.barrier.split_all([lead, *(lead + text for text in unknown)])))
         both = zip(unknown, longer, strict=True)
-        found |= {text: ids[len(mark):] for text, ids in both if ids[: len(mark)] == mark}
+        found |= {text: ids[len(mark):] for text, ids in both if ids.startswith(mark)}
     return found
 
 

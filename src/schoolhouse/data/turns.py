@@ -21,6 +21,7 @@ from schoolhouse.types import Conversation, Message, Turn
 Supervise = Literal["every", "last", "marked"]
 
 _PAIRS = [(re.escape(begin), re.escape(end)) for begin, end in kept.THINKING]
+_MARKS = tuple(mark for pair in kept.THINKING for mark in pair)
 _EMPTY_BLOCK = re.compile("(" + "|".join(rf"{begin}\s*{end}" for begin, end in _PAIRS) + r")\s*\Z")
 """A thinking block at the end of a generation prompt, closed and empty."""
 _OPEN_BLOCK = re.compile("(" + "|".join(begin for begin, _ in _PAIRS) + r")\s*\Z")
@@ -32,7 +33,7 @@ def to_turns(
 ) -> tuple[Turn, ...]:
     """The supervised turns of a conversation in order; raises TemplateError where served and taught would differ."""
     script, learnt = template.script(conversation), taught(conversation.messages, supervise)
-    script = script.at_once() if len(learnt) > 1 else script
+    script = script.at_once() if len(learnt) > 1 or script.program.end is not None else script
     return tuple(_turn(script, index, weight, stops) for index, weight in learnt)
 
 
@@ -68,15 +69,14 @@ def _answer(script: Script, index: int, stops: Sequence[str]) -> tuple[str, str,
     if shown is None:
         return _contradiction(script, index, prompt, full)
     written = full[len(shown):]
-    lost = kept.missing(message, written)
-    if lost is not None:
-        return Fault("dropped", script, index, prompt, full, lost)
     completion = _through_stop(written, stops)
-    if completion is None:
-        return Fault("unstopped", script, index, prompt, full)
-    lost = kept.missing(message, completion)
-    if lost is not None:
-        return Fault("cut", script, index, prompt, full, lost)
+    if completion is None or kept.missing(message, completion) is not None:  # else nothing is missing in `written`
+        lost = kept.missing(message, written)
+        if lost is not None:
+            return Fault("dropped", script, index, prompt, full, lost)
+        if completion is None:
+            return Fault("unstopped", script, index, prompt, full)
+        return Fault("cut", script, index, prompt, full, kept.missing(message, completion))
     astray = _thinks_astray(prompt, completion)
     if astray is not None:
         return Fault(astray, script, index, prompt, full)
@@ -119,12 +119,14 @@ def _thinks_astray(prompt: str, completion: str) -> Literal["opened", "closed"] 
     if opened:
         thought, end, _ = completion.partition(dict(kept.THINKING)[opened[1]])
         return None if end and thought.strip() else "opened"
-    again = completion.lstrip().startswith(tuple(dict(kept.THINKING)))
+    again = completion.lstrip().startswith(_MARKS[::2])
     return "closed" if again and _at_end(_EMPTY_BLOCK, prompt) else None
 
 
 def _at_end(block: re.Pattern[str], prompt: str) -> re.Match[str] | None:
     """The block at the end of a prompt; only its last line or so is searched."""
+    if not prompt[-80:].rstrip().endswith(_MARKS):  # most prompts, told at once
+        return None
     return block.search(prompt, max(0, len(prompt) - 80))
 
 

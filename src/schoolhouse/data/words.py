@@ -1,0 +1,226 @@
+"""A tokenizer's words: it makes tokens of each alone, so the tokens of a word that was met before are known.
+
+A tokenizer with a byte-level vocabulary first cuts a text into words by regular expressions (its pre-tokenizer), and
+then looks at each word alone. Here the same expressions are run by Python's `re`, several times faster than the way
+through the tokenizer, which only sees words that are new. That gives the same tokens where `re` means the same by an
+expression as the tokenizer's own engine (Oniguruma, as Ruby writes it). So an expression is rewritten from parts that
+mean the same in both; classes of characters such as `\\p{L}` are not looked up in Python's Unicode tables but asked of
+that engine. Texts with characters beyond the basic plane, or that the tokenizer would normalize, are not cut.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, filterfalse, pairwise
+from typing import TYPE_CHECKING, Any
+
+from schoolhouse.data.pieces import Barrier
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Split = Callable[[str], list[str]]
+
+MOST_CHARACTERS = 1 << 22
+"""Of all words that are remembered; when there are more, remembering begins again."""
+_ALONE = ("Split", "Digits", "Punctuation", "ByteLevel")
+"""Pre-tokenizers that treat every piece alone."""
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""What ByteLevel itself cuts by, where it is asked to."""
+
+_FOLDED = {"İ": "i", "ı": "i", "ſ": "s", "\u212a": "k", "ß": "ss", "ẞ": "ss", "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl",
+           "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"}
+"""Letters beyond ASCII that are letters of ASCII where case is ignored."""
+
+_CLASS = r"\\[pP]\{\^?\w+\}|\\[sSdDwW]"
+_LETTER = r"\\[rnt]|\\[^\w\s]"
+_ITEM = re.compile(rf"(?P<asked>{_CLASS})|(?P<letter>{_LETTER}|[^\[\]\\&-])(?P<to>-(?:{_LETTER}|[^\[\]\\&-]))?")
+_ATOM = re.compile(
+    r"(?P<folded>\(\?i:(?:[A-Za-z'|]|\[[A-Za-z]+\])+\))"
+    r"|(?P<kept>\(\?[:=!]|\)|\||[?*+][?+]?|\{\d+(?:,\d*)?\}(?![?+]))"
+    rf"|(?P<set>\[\^?(?:{_CLASS}|{_LETTER}|[^\[\]\\&-](?:-(?:{_LETTER}|[^\[\]\\&-]))?)+\])"
+    rf"|(?P<asked>{_CLASS})|(?P<letter>{_LETTER}|[^.^$*+?{{}}\[\]\\|()])"
+)
+"""The parts of an expression that mean the same to Oniguruma and to Python."""
+
+
+@dataclass(slots=True)
+class Words:
+    """Cuts texts into a tokenizer's words, and remembers their tokens."""
+
+    tokenizer: Tokenizer
+    barrier: Barrier
+    """Knows the added token at the beginning of a piece."""
+    stages: tuple[Split, ...]
+    """One after another they cut a text into words."""
+    known_characters: re.Pattern[str]
+    """Matches the texts whose characters mean the same in both engines."""
+    known: dict[str, bytes] = field(default_factory=dict)
+    size: int = 0
+    """The characters of all words that are known."""
+    unsure: set[str] = field(default_factory=set)
+    """Words that would be cut if they stood alone; texts with such are not cut."""
+
+    def ids(self, texts: Sequence[str]) -> list[bytes]:
+        """The ids of each text alone, as int32; the texts are pieces that the barrier has cut."""
+        if self.size > MOST_CHARACTERS:
+            self.known, self.size = {}, 0
+        cut = list(map(self._cut, texts))
+        self._learn(set(filterfalse(self.known.__contains__, chain.from_iterable(filter(None, cut)))))
+        if self.unsure:
+            cut = [words if words and self.unsure.isdisjoint(words) else None for words in cut]
+        whole = iter(encoded(self.tokenizer, [text for text, words in zip(texts, cut, strict=True) if words is None]))
+        return [next(whole) if words is None else b"".join(map(self.known.__getitem__, words)) for words in cut]
+
+    def _cut(self, text: str) -> list[str] | None:
+        """The words of a text; None where it is not known that both engines find the same."""
+        if not text.isascii() and not self._is_plain(text):
+            return None
+        head = self.barrier.head(text)
+        return [text[:head], *self._words(text[head:])] if head else self._words(text)
+
+    def _is_plain(self, text: str) -> bool:
+        normalizer = self.tokenizer.normalizer
+        return bool(self.known_characters.fullmatch(text)) and (
+            normalizer is None or normalizer.normalize_str(text) == text
+        )
+
+    def _words(self, text: str) -> list[str]:
+        words = [text] if text else []
+        for split in self.stages:
+            words = split(words[0]) if len(words) == 1 else list(chain.from_iterable(map(split, words)))
+        return words
+
+    def _learn(self, new: set[str]) -> None:
+        words = list(new)
+        self.unsure |= {word for word in words if self._cut(word) != [word]}
+        self.known |= zip(words, encoded(self.tokenizer, words), strict=True)
+        self.size += sum(map(len, words))
+
+
+def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bytes]:
+    """The ids of each text alone, as int32: without offsets and masks."""
+    if not texts:
+        return []
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [packed(encoding.ids) for encoding in encodings]
+
+
+def packed(ids: Sequence[int]) -> bytes:
+    """Ids as int32."""
+    return array("i", ids).tobytes()
+
+
+def words(tokenizer: Tokenizer, barrier: Barrier) -> Words | None:
+    """The words of a tokenizer; None where it is not understood, and must see every text itself."""
+    from tokenizers import models
+
+    if not (barrier.all_plain and isinstance(tokenizer.model, models.BPE) and tokenizer.pre_tokenizer is not None):
+        return None
+    if tokenizer.model.dropout or (tokenizer.normalizer and _settings(tokenizer.normalizer) != {"type": "NFC"}):
+        return None
+    stages = _settings(tokenizer.pre_tokenizer)
+    sources = _sources(stages.get("pretokenizers", [stages]))
+    if sources is None:
+        return None
+    return Words(tokenizer, barrier, tuple(map(_split, sources)), _known_characters(sources))
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """How a part of a tokenizer would be written into tokenizer.json."""
+    return json.loads(part.__getstate__())
+
+
+def _sources(stages: Sequence[dict[str, Any]]) -> list[str] | None:
+    """The expressions of the first stages, through the one that cuts a line into words; None where one is foreign."""
+    if any(stage["type"] not in _ALONE or stage.get("add_prefix_space") for stage in stages):
+        return None
+    found = []
+    for stage in stages:
+        source = _source(stage)
+        if source is None or _rewritten(source) is None:
+            return None
+        found.append(source)
+        if len(_split(source)("two words")) > 1:
+            return found
+    return None
+
+
+def _source(stage: dict[str, Any]) -> str | None:
+    """The expression by which a stage cuts a text, where everything that it finds and that is between is a piece."""
+    if stage["type"] == "ByteLevel" and stage["use_regex"]:
+        return _GPT2
+    if stage["type"] != "Split" or stage["behavior"] != "Isolated" or stage["invert"]:
+        return None
+    return stage["pattern"].get("Regex")
+
+
+def _split(source: str) -> Split:
+    """Cuts a text as a stage does: what the expression finds, and what stands between."""
+    expression = _rewritten(source)
+    find, cut = re.compile(expression).findall, re.compile(f"({expression})").split
+
+    def split(text: str) -> list[str]:
+        found = find(text)
+        return found if len("".join(found)) == len(text) else list(filter(None, cut(text)))
+
+    return split
+
+
+def _rewritten(source: str) -> str | None:
+    """The same expression for Python; None where a part of it is not known to mean the same, or it finds nothing."""
+    atoms, end = [], 0
+    while match := _ATOM.match(source, end):
+        if match["set"]:
+            atoms.append(_rewritten_set(match["set"]))
+        elif match["asked"]:
+            atoms.append(f"[{_members(match['asked'])}]")
+        else:
+            atoms.append(re.escape(match["letter"]) if match["letter"] and match["letter"][0] != "\\" else match[0])
+        end = match.end()
+    expression = "".join(atoms)
+    return expression if end == len(source) and not re.fullmatch(expression, "") else None
+
+
+def _rewritten_set(text: str) -> str:
+    """A set of characters in brackets."""
+    negated = text.startswith("[^")
+    inner = text[2 if negated else 1 : -1]
+    items = (_members(item["asked"]) if item["asked"] else _escaped(item[0]) for item in _ITEM.finditer(inner))
+    return f"[{'^' if negated else ''}{''.join(items)}]"
+
+
+def _escaped(item: str) -> str:
+    """A letter, or a range of them, as it stands in a set."""
+    return item if "\\" in item else "-".join(map(re.escape, (item[0], item[2:]))) if len(item) > 1 else re.escape(item)
+
+
+@functools.lru_cache(maxsize=64)
+def _members(kind: str) -> str:
+    """The characters of the basic plane that the tokenizer's own engine counts to a class, as ranges in a set."""
+    from tokenizers import Regex, normalizers
+
+    found = normalizers.Replace(Regex(f"[^{kind}]"), "").normalize_str(_PLANE)
+    return _ranges(sorted(map(ord, found)))
+
+
+def _ranges(codes: Sequence[int]) -> str:
+    ends = [place for place, (one, other) in enumerate(pairwise(codes), 1) if other != one + 1]
+    runs = ((codes[start], codes[end - 1]) for start, end in pairwise([0, *ends, len(codes)]) if start < end)
+    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in runs)
+
+
+def _known_characters(sources: Sequence[str]) -> re.Pattern[str]:
+    """Matches texts of the basic plane, without letters that are some of ASCII where an expression ignores case."""
+    ignoring = "".join(re.findall(r"\(\?i:([^()]*)\)", "".join(sources))).lower()
+    strange = "".join(letter for letter, same in _FOLDED.items() if same in ignoring)
+    return re.compile(f"[^\ud800-\udfff\U00010000-\U0010ffff{strange}]*")
+
+
+_PLANE = "".join(map(chr, chain(range(0xD800), range(0xE000, 0x10000))))
+"""All characters of the basic plane but the halves of surrogate pairs."""
