@@ -24,7 +24,8 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real te
 def compared(template: Template, conversation: Conversation) -> tuple[int, int]:
     """How many prefixes of a conversation one render gives, each compared with the definition, and of how many."""
     script = template.script(conversation)
-    known = script.at_once().known
+    known = {(count, to_answer): text + end for to_answer, (texts, end) in script.at_once().known.items()
+             for count, text in texts.items()}
     for (count, to_answer), text in known.items():
         assert text == alone(script, count, to_answer), (count, to_answer)
     return len(known), 2 * len(conversation.messages)
@@ -99,6 +100,28 @@ SNEAKY = {
     "a loop in a loop": PLAIN.replace("[{{", "{% for k in messages %}{{ k.role[0] }}{% endfor %}[{{"),
     "branches": "{% if messages[0].role == 'user' %}U" + PLAIN + "{% else %}" + PLAIN + "{{ messages[-1] }}{% endif %}",
     "a captured loop": "{% set text %}" + PLAIN + "{% endset %}{{ text | upper }}",
+    "the end of a group": PLAIN.replace(
+        "</s>", "{% if loop.last or messages[loop.index0 + 1].role != 'user' %}</s>{% endif %}"),
+    "the end of another group": PLAIN.replace(
+        "</s>", "{% if loop.last or messages[loop.index0 + 1].role == 'user' %}</s>{% else %},{% endif %}"),
+    "the end of a group, and more": PLAIN.replace(
+        "</s>", "{% if loop.last or messages[loop.index0 + 2].role == 'user' %}</s>{% endif %}"),
+    "the end of a group by a filter": PLAIN.replace(
+        "</s>", "{% if loop.last or messages[loop.index0:] | length > 2 %}</s>{% endif %}"),
+    "not the end of a group": PLAIN.replace(
+        "</s>", "{% if not loop.last or messages[loop.index0 - 1].role == 'user' %}</s>{% endif %}"),
+    "a group before the messages": (
+        "{% for m in messages %}{% if loop.last or messages[loop.index0 + 1].role == 'user' %},{% endif %}{% endfor %}"
+        + PLAIN),
+    "the end of another loop": PLAIN.replace(
+        "[{{", "{% for k in 'abcdef' %}{% if loop.last or messages[loop.index0 + 1].content %}{{ k }}{% endif %}"
+        "{% endfor %}[{{"),
+    "the end of a group, from another loop": (
+        "{% for m in messages[1:] %}{% for k in messages[3:] %}{% endfor %}" + BODY +
+        "{% if loop.last or messages[loop.index0 + 3].role == 'user' %},{% endif %}{% endfor %}"),
+    "the end of a group, of another message": (
+        "{% for m in messages %}{% set m = messages[loop.index0 - 1] if loop.index0 else m %}" + BODY +
+        "{% if loop.last or messages[loop.index0 + 1].role == 'user' %},{% endif %}{% endfor %}"),
     "the whole as text": "{{ messages }}" + PLAIN,
     "the whole compared": "{{ messages == [] }}" + PLAIN,
     "membership": "{{ messages[0] in messages }}" + PLAIN,
@@ -130,11 +153,16 @@ def test_what_is_plain_is_rendered_at_once() -> None:
     assert all(found[name] == 12 for name in ("the loop's own prompt", "the first", "truth"))
     assert not any(found[name] for name in ("the length, before", "the last message, behind", "a namespace", "a macro"))
     assert found["a part"] == 10 and found["a later message"] == 8
+    assert found["the end of a group"] == 8 and found["the end of another group"] == 6
 
 
 LOOKS = st.sampled_from([
     "", "{{ loop.index }}", "{{ loop.last }}", "{{ loop.first }}", "{{ loop.nextitem.role }}", "{{ messages[0].role }}",
     "{% if m.role == 'user' and not loop.last and messages[loop.index0 + 1].content == 'a' %}T{% endif %}",
+    "{% if loop.last or messages[loop.index0 + 1].role != 'user' %}E{% endif %}",
+    "{% if loop.last or messages[loop.index0 + 1].content == 'a' %}E{% elif loop.last or messages[0] %}F{% endif %}",
+    "{% if m.role == 'user' and loop.index0 %}x{% elif loop.last or messages[loop.index0 + 2].role %}G{% endif %}",
+    "{% for k in 'ab' %}{% if loop.last or messages[loop.index0 + 1].role == 'user' %}{{ k }}{% endif %}{% endfor %}",
     "{% if loop.index0 and messages[loop.index0 - 1].role == 'user' %}P{% endif %}", "{{ loop.previtem.role }}",
     "{% if loop.index == 2 %}{% continue %}{% endif %}", "{% if loop.index == 4 %}{% break %}{% endif %}",
     "{% set n.x = n.x + 1 %}{{ n.x }}", "{{ messages[1].role }}", "{{ messages | length }}",

@@ -19,6 +19,8 @@ from schoolhouse.errors import SafetyError
 
 SECONDS = 1.0
 """Processor time of one render; the longest real conversations take hundredths."""
+_NEVER = 1e8
+"""Seconds of a timer that waits to be wound up."""
 CHARACTERS = 1 << 26
 """The longest text: as many as a line of data may have bytes."""
 
@@ -32,8 +34,25 @@ def limited() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, _over)
+    if not signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
+        with many(), limited():
+            yield
+        return
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS)  # again: Python drops an error raised in a destructor
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, _NEVER)
+
+
+@contextlib.contextmanager
+def many() -> Iterator[None]:
+    """Inside, each `limited` only winds the timer up: its signal has its handler already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _over)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _NEVER)
     try:
         yield
     finally:

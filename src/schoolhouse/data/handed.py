@@ -92,6 +92,8 @@ def _content(message: Message, forms: Forms) -> str | list[dict[str, Any]]:
 
     Without content (OpenAI's null beside tool calls) it is the empty string: so vLLM and SGLang hand it over.
     """
+    if forms.strings and len(message.parts) == 1 and message.parts[0].kind == "text":  # most are, told at once
+        return message.parts[0].value
     texts = [part.value for part in message.parts if part.kind == "text"]
     plain = len(texts) == len(message.parts)
     if plain and forms.strings and (len(texts) < 2 or not forms.parts):

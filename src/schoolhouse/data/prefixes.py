@@ -14,7 +14,7 @@ for both cases is known, and one render gives the prompts and the full texts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -26,6 +26,12 @@ MARK = "\ue000 behind a message \ue001"
 
 TO_ANSWER = "add_generation_prompt"
 """The variable that asks for the text up to where the assistant begins to write."""
+
+_HOLD, _RELEASE = "schoolhouse_hold", "schoolhouse_release"
+"""Names of functions that only a marked template calls."""
+_READS = (nodes.Name, nodes.Getattr, nodes.Getitem, nodes.Const, nodes.Compare, nodes.Operand, nodes.Add, nodes.Sub,
+          nodes.And, nodes.Or, nodes.Not)
+"""Parts of an expression that only read."""
 
 
 class UnseenError(BaseException):
@@ -40,6 +46,23 @@ class _Reading:
     """The last message that was looked at, or looked for."""
     started: int = -1
     """The message at which the last loop began."""
+    places: dict[int, int] = field(default_factory=dict)
+    """Of each message that was read, by its identity."""
+    held: int = -2
+    """The message of which is asked whether it is the last; -2 where more has been read than it."""
+
+    def hold(self, message: object) -> bool:
+        """Called before a template asks of a message `loop.last or …`."""
+        place = self.places.get(id(message), -2)
+        self.furthest = max(self.furthest, place)
+        self.held = place if self.furthest == place else -2
+        return False
+
+    def release(self) -> bool:
+        """Called where the answer is yes because of the next message: without one it would be yes, too."""
+        if self.furthest == self.held + 1:
+            self.furthest = self.held
+        return True
 
 
 class Watched:
@@ -60,8 +83,11 @@ class Watched:
             return Watched(self._messages, self._reading, self._start + (place.start or 0))
         if type(place) is not int or place < 0:
             raise UnseenError
-        self._reading.furthest = max(self._reading.furthest, self._start + place)
-        return self._messages[self._start + place]
+        place += self._start
+        self._reading.furthest = max(self._reading.furthest, place)
+        message = self._messages[place]
+        self._reading.places[id(message)] = place
+        return message
 
     def __bool__(self) -> bool:
         self._reading.furthest = max(self._reading.furthest, self._start)
@@ -115,7 +141,8 @@ def rendered(
     """What a marked template writes of the first 1, 2, … messages, so far as one render gives it, and what behind."""
     reading, written, marks = _Reading(), [""], []
     try:
-        for text in program.generate(messages=Watched(messages, reading), **variables):
+        watched = {"messages": Watched(messages, reading), _HOLD: reading.hold, _RELEASE: reading.release}
+        for text in program.generate(**watched, **variables):
             if text == MARK:
                 marks.append(reading.furthest)
                 written.append("")
@@ -129,6 +156,28 @@ def rendered(
         return {}, ""
     furthest = enumerate(zip(accumulate(pieces), marks, strict=True), start=first)
     return {index + 1: head for index, (head, seen) in furthest if seen <= index}, tail
+
+
+def _hold_at_last(body: Sequence[nodes.Node], message: str) -> None:
+    """Have the question `loop.last or …`, which ends a group of messages, look at the next one only if that matters."""
+    for one in body:
+        if isinstance(one, nodes.If):
+            for branch in [one.body, one.elif_, one.else_]:
+                _hold_at_last(branch, message)
+            test = one.test
+            if isinstance(test, nodes.Or) and _is_last(test.left) and _only_reads(test.right):
+                hold = nodes.Call(nodes.Name(_HOLD, "load"), [nodes.Name(message, "load")], [], None, None)
+                release = nodes.Call(nodes.Name(_RELEASE, "load"), [], [], None, None)
+                one.test = nodes.Or(nodes.Or(hold, test.left), nodes.And(test.right, release))
+                one.set_lineno(one.lineno)
+
+
+def _is_last(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Getattr) and node.attr == "last" and _target_names(node.node) == {"loop"}
+
+
+def _only_reads(node: nodes.Node) -> bool:
+    return all(isinstance(part, _READS) for part in [node, *node.find_all(nodes.Node)])
 
 
 def _about_messages(tree: nodes.Template) -> set[str]:
@@ -175,5 +224,7 @@ def _mark_last_loop(
 
 
 def _mark(loop: nodes.For) -> bool:
+    if isinstance(loop.target, nodes.Name):
+        _hold_at_last(loop.body, loop.target.name)
     loop.body.append(nodes.Output([nodes.TemplateData(MARK)]).set_lineno(loop.lineno))
     return True

@@ -21,7 +21,7 @@ from typing import Any
 
 from schoolhouse import orphans, places
 from schoolhouse.config import Data, Rows, Source
-from schoolhouse.data import account, choose, formats, images, served, sources, store, tokens, vision
+from schoolhouse.data import account, bounds, choose, formats, images, served, sources, store, tokens, vision
 from schoolhouse.data.account import Tally
 from schoolhouse.data.choose import Choice
 from schoolhouse.data.served import Rules, Serving
@@ -77,6 +77,20 @@ def row_settings(data: Data, source: Source) -> Rows:
     return general if own == Rows() else own
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python looks for unused cycles whenever many objects were made; of rows nearly all are in use: once will do."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect(0)  # what was made since the last time
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def _build(
     data: Data, choice: Choice, serving: Serving, rules: Rules, fingerprint: str, progress: Progress, directory: Path
 ) -> None:
@@ -122,21 +136,11 @@ def _alone() -> None:
     """One thread a worker: the processes are the parallelism. None outlives the process that waits for its work."""
     orphans.live_no_longer_than(multiprocessing.parent_process().pid)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Python looks for unused cycles whenever many objects were made: here they are in use, and there are none."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    gc.disable()  # each chunk is followed by a collection
 
 
 @_uncollected()
+@bounds.many()
 def _encode_chunk(
     serving: Serving, rules: Rules, choice: Choice, names: Sequence[str], chunk: Chunk
 ) -> tuple[store.Arrays, list[Picture], Tally]:

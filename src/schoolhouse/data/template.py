@@ -84,8 +84,8 @@ class Script:
     conversation: Conversation
     messages: tuple[dict[str, Any], ...]
     tools: tuple[handed.Written, ...]
-    known: Mapping[tuple[int, bool], str] = field(default_factory=dict)
-    """The fast path: texts by the number of messages, and whether the assistant is to answer."""
+    known: Mapping[bool, tuple[Mapping[int, str], str]] = field(default_factory=dict)
+    """The fast path, by whether the assistant is to answer: texts by the number of messages, and what stands behind."""
 
     def at_once(self) -> Script:
         """The same script, with the texts of its prefixes that one or two renders of the whole give."""
@@ -94,9 +94,9 @@ class Script:
         known, end = {}, self.program.end
         for to_answer in (True, False) if end is None else (True,):
             with contextlib.suppress(*RAISED), bounds.limited():  # where it raises, each prefix is rendered alone
-                texts, tail = prefixes.rendered(self.program.marked, self.messages, self._given(to_answer))
-                known |= {(count, False): text + end for count, text in texts.items()} if end is not None else {}
-                known |= {(count, to_answer): text + tail for count, text in texts.items()}
+                known[to_answer] = prefixes.rendered(self.program.marked, self.messages, self._given(to_answer))
+        if known and end is not None:
+            known[False] = known[True][0], end
         return Script(self.program, self.variables, self.conversation, self.messages, self.tools, known)
 
     def under(self, **variables: Any) -> Script:
@@ -120,8 +120,9 @@ class Script:
         return self._render(count, to_answer=False)
 
     def _render(self, count: int, *, to_answer: bool) -> str:
-        if (count, to_answer) in self.known:
-            return self.known[count, to_answer]
+        texts, end = self.known.get(to_answer, ({}, ""))
+        if count in texts:
+            return texts[count] + end
         try:
             with bounds.limited():
                 text = self.program.jinja.render(messages=list(self.messages[:count]), **self._given(to_answer))

@@ -63,19 +63,25 @@ class Words:
     known: dict[str, bytes] = field(default_factory=dict)
     size: int = 0
     """The characters of all words that are known."""
-    unsure: set[str] = field(default_factory=set)
-    """Words that would be cut if they stood alone; texts with such are not cut."""
 
     def ids(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text alone, as int32; the texts are pieces that the barrier has cut."""
         if self.size > MOST_CHARACTERS:
             self.known, self.size = {}, 0
         cut = list(map(self._cut, texts))
-        self._learn(set(filterfalse(self.known.__contains__, chain.from_iterable(filter(None, cut)))))
-        if self.unsure:
-            cut = [words if words and self.unsure.isdisjoint(words) else None for words in cut]
-        whole = iter(encoded(self.tokenizer, [text for text, words in zip(texts, cut, strict=True) if words is None]))
-        return [next(whole) if words is None else b"".join(map(self.known.__getitem__, words)) for words in cut]
+        found = list(map(self._joined, cut))
+        unknown = chain.from_iterable(words for words, ids in zip(cut, found, strict=True) if words and ids is None)
+        self._learn(set(filterfalse(self.known.__contains__, unknown)))
+        found = [self._joined(words) if ids is None else ids for words, ids in zip(cut, found, strict=True)]
+        whole = iter(encoded(self.tokenizer, [text for text, ids in zip(texts, found, strict=True) if ids is None]))
+        return [next(whole) if ids is None else ids for ids in found]
+
+    def _joined(self, words: list[str] | None) -> bytes | None:
+        """The ids of a text's words; None where one is not known."""
+        try:
+            return None if words is None else b"".join(map(self.known.__getitem__, words))
+        except KeyError:
+            return None
 
     def _cut(self, text: str) -> list[str] | None:
         """The words of a text; None where it is not known that both engines find the same."""
@@ -97,8 +103,8 @@ class Words:
         return words
 
     def _learn(self, new: set[str]) -> None:
-        words = list(new)
-        self.unsure |= {word for word in words if self._cut(word) != [word]}
+        """Remember the words that stay whole where they stand alone; a text with another is not cut."""
+        words = [word for word in new if self._cut(word) == [word]]
         self.known |= zip(words, encoded(self.tokenizer, words), strict=True)
         self.size += sum(map(len, words))
 
@@ -124,11 +130,8 @@ def words(tokenizer: Tokenizer, barrier: Barrier) -> Words | None:
         return None
     if tokenizer.model.dropout or (tokenizer.normalizer and _settings(tokenizer.normalizer) != {"type": "NFC"}):
         return None
-    stages = _settings(tokenizer.pre_tokenizer)
-    sources = _sources(stages.get("pretokenizers", [stages]))
-    if sources is None:
-        return None
-    return Words(tokenizer, barrier, tuple(map(_split, sources)), _known_characters(sources))
+    stages = _stages(_settings(tokenizer.pre_tokenizer))
+    return stages and Words(tokenizer, barrier, *stages)
 
 
 def _settings(part: Any) -> dict[str, Any]:
@@ -136,18 +139,20 @@ def _settings(part: Any) -> dict[str, Any]:
     return json.loads(part.__getstate__())
 
 
-def _sources(stages: Sequence[dict[str, Any]]) -> list[str] | None:
-    """The expressions of the first stages, through the one that cuts a line into words; None where one is foreign."""
+def _stages(settings: dict[str, Any]) -> tuple[tuple[Split, ...], re.Pattern[str]] | None:
+    """The first stages, through the one that cuts a line into words, and what they can cut; None for foreign ones."""
+    stages = settings.get("pretokenizers", [settings])
     if any(stage["type"] not in _ALONE or stage.get("add_prefix_space") for stage in stages):
         return None
-    found = []
-    for stage in stages:
-        source = _source(stage)
-        if source is None or _rewritten(source) is None:
+    splits, sources = [], []
+    for source in map(_source, stages):
+        split = _split(source) if source else None
+        if split is None:
             return None
-        found.append(source)
-        if len(_split(source)("two words")) > 1:
-            return found
+        splits.append(split)
+        sources.append(source)
+        if len(split("two words")) > 1:
+            return tuple(splits), _known_characters(sources)
     return None
 
 
@@ -160,20 +165,22 @@ def _source(stage: dict[str, Any]) -> str | None:
     return stage["pattern"].get("Regex")
 
 
-def _split(source: str) -> Split:
-    """Cuts a text as a stage does: what the expression finds, and what stands between."""
+def _split(source: str) -> Split | None:
+    """Cuts a text into what the expression finds and what stands between; None where the expression is foreign."""
     expression = _rewritten(source)
-    find, cut = re.compile(expression).findall, re.compile(f"({expression})").split
+    if expression is None or re.fullmatch(expression, ""):  # nothing is found everywhere
+        return None
+    find, gaps = re.compile(expression).findall, functools.cache(functools.partial(re.compile, f"({expression})"))
 
     def split(text: str) -> list[str]:
         found = find(text)
-        return found if len("".join(found)) == len(text) else list(filter(None, cut(text)))
+        return found if len("".join(found)) == len(text) else list(filter(None, gaps().split(text)))
 
     return split
 
 
 def _rewritten(source: str) -> str | None:
-    """The same expression for Python; None where a part of it is not known to mean the same, or it finds nothing."""
+    """The same expression for Python; None where a part of it is not known to mean the same."""
     atoms, end = [], 0
     while match := _ATOM.match(source, end):
         if match["set"]:
@@ -183,8 +190,7 @@ def _rewritten(source: str) -> str | None:
         else:
             atoms.append(re.escape(match["letter"]) if match["letter"] and match["letter"][0] != "\\" else match[0])
         end = match.end()
-    expression = "".join(atoms)
-    return expression if end == len(source) and not re.fullmatch(expression, "") else None
+    return "".join(atoms) if end == len(source) else None
 
 
 def _rewritten_set(text: str) -> str:
