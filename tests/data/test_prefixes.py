@@ -122,6 +122,12 @@ SNEAKY = {
     "the end of a group, of another message": (
         "{% for m in messages %}{% set m = messages[loop.index0 - 1] if loop.index0 else m %}" + BODY +
         "{% if loop.last or messages[loop.index0 + 1].role == 'user' %},{% endif %}{% endfor %}"),
+    "what a call has made": "{% set c = cycler('a', 'b', 'c') %}" + PLAIN.replace(
+        "[{{", "{{ c.next() }}[{{") + "{{ c.current }}",
+    "what a call in a question has made": "{% set c = cycler(1, 0, 1) %}" + PLAIN.replace(
+        "</s>", "{% if loop.last or c.next() %}</s>{% endif %}") + "{{ c.current }}",
+    "what a question has changed": PLAIN.replace(
+        "</s>", "{% if loop.last or loop.changed(messages[loop.index0 + 1].role) %}</s>{% endif %}"),
     "the whole as text": "{{ messages }}" + PLAIN,
     "the whole compared": "{{ messages == [] }}" + PLAIN,
     "membership": "{{ messages[0] in messages }}" + PLAIN,

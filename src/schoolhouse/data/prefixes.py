@@ -29,9 +29,6 @@ TO_ANSWER = "add_generation_prompt"
 
 _HOLD, _RELEASE = "schoolhouse_hold", "schoolhouse_release"
 """Names of functions that only a marked template calls."""
-_READS = (nodes.Name, nodes.Getattr, nodes.Getitem, nodes.Const, nodes.Compare, nodes.Operand, nodes.Add, nodes.Sub,
-          nodes.And, nodes.Or, nodes.Not)
-"""Parts of an expression that only read."""
 
 
 class UnseenError(BaseException):
@@ -165,7 +162,7 @@ def _hold_at_last(body: Sequence[nodes.Node], message: str) -> None:
             for branch in [one.body, one.elif_, one.else_]:
                 _hold_at_last(branch, message)
             test = one.test
-            if isinstance(test, nodes.Or) and _is_last(test.left) and _only_reads(test.right):
+            if isinstance(test, nodes.Or) and _is_last(test.left):
                 hold = nodes.Call(nodes.Name(_HOLD, "load"), [nodes.Name(message, "load")], [], None, None)
                 release = nodes.Call(nodes.Name(_RELEASE, "load"), [], [], None, None)
                 one.test = nodes.Or(nodes.Or(hold, test.left), nodes.And(test.right, release))
@@ -176,13 +173,12 @@ def _is_last(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Getattr) and node.attr == "last" and _target_names(node.node) == {"loop"}
 
 
-def _only_reads(node: nodes.Node) -> bool:
-    return all(isinstance(part, _READS) for part in [node, *node.find_all(nodes.Node)])
-
-
 def _about_messages(tree: nodes.Template) -> set[str]:
-    """Names whose values the messages may decide: set from them, changed in a loop, or macros, which may read both."""
-    about = {"messages", "loop", *(macro.name for macro in tree.find_all(nodes.Macro)),
+    """Names whose values the messages may decide: set from them, changed in a loop, or macros, which may read both.
+
+    What `cycler` and `joiner` make counts how often it was asked.
+    """
+    about = {"messages", "loop", "cycler", "joiner", *(macro.name for macro in tree.find_all(nodes.Macro)),
              *(one.name for one in tree.find_all(nodes.NSRef))}
     for loop in tree.find_all(nodes.For):
         about |= {name.name for name in loop.target.find_all(nodes.Name)} | _target_names(loop.target)
