@@ -45,7 +45,9 @@ class Barrier:
 
     def head(self, piece: str) -> int:
         """The length of the added token at the beginning of a piece; 0 where there is none."""
-        match = self.first.match(piece) or self.second.match(piece)
+        match = self.first.match(piece)
+        if match is None and self.second is not _NEVER:
+            match = self.second.match(piece)
         return match.end() if match else 0
 
     def _matches(self, text: str, start: int) -> Iterator[re.Match[str]]:
@@ -62,13 +64,13 @@ class Barrier:
         """
         before, places, pieces = "", [0], [""]
         for text in texts:
-            kept = 0
-            if text.startswith(before):
-                kept = max(bisect.bisect_right(places, len(before) - self.longest) - 1, 0)
-            start = places[kept] if kept else 0
-            new = [start, *(place for place in self.places(text, start) if place > start), len(text)]
-            places = places[:kept] + new[:-1]
-            pieces = pieces[:kept] + [text[first:last] for first, last in pairwise(new)]
+            kept = bisect.bisect_right(places, len(before) - self.longest) - 1 if text.startswith(before) else 0
+            kept = max(kept, 0)
+            start = places[kept]
+            new = self.places(text, start)
+            new = new if new and new[0] == start else [start, *new]
+            places = places[:kept] + new
+            pieces = pieces[:kept] + [text[first:last] for first, last in pairwise([*new, len(text)])]
             before = text
             yield pieces
 

@@ -88,19 +88,17 @@ class Words:
         if not text.isascii() and not self._is_plain(text):
             return None
         head = self.barrier.head(text)
-        return [text[:head], *self._words(text[head:])] if head else self._words(text)
+        rest = text[head:] if head else text
+        words = self.stages[0](rest) if rest else []
+        for split in self.stages[1:]:
+            words = list(chain.from_iterable(map(split, words)))
+        return [text[:head], *words] if head else words
 
     def _is_plain(self, text: str) -> bool:
         normalizer = self.tokenizer.normalizer
         return bool(self.known_characters.fullmatch(text)) and (
             normalizer is None or normalizer.normalize_str(text) == text
         )
-
-    def _words(self, text: str) -> list[str]:
-        words = [text] if text else []
-        for split in self.stages:
-            words = split(words[0]) if len(words) == 1 else list(chain.from_iterable(map(split, words)))
-        return words
 
     def _learn(self, new: set[str]) -> None:
         """Remember the words that stay whole where they stand alone; a text with another is not cut."""
