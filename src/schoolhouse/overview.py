@@ -30,11 +30,7 @@ LONGEST = 5
 
 def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]:
     """Prepare all sources of a recipe and describe them; what `check --json` prints."""
-    stores = {}
-    for name, choice in choose.choices(recipe).items():
-        with screen.counting(f"preparing {name}") as progress:
-            stores[name] = prepare.prepare(recipe.data, choice, serving, served.rules(recipe), progress)
-    train, validation = stores["train"], stores.get("validation")
+    train, validation = stores(recipe, serving, screen)
     plan = plans.plan(train, recipe)
     return {
         "train": ledger(train),
@@ -47,6 +43,15 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
         "memory": estimate.memory(recipe, serving.directory),
         "in_force": [{"what": what, "value": value} for what, value in _in_force(recipe, served.load(serving)).items()],
     }
+
+
+def stores(recipe: Recipe, serving: Serving, screen: Screen) -> tuple[Store, Store | None]:
+    """The examples to train on, and those held out for validation, if any; prepared where they are not yet."""
+    found = {}
+    for name, choice in choose.choices(recipe).items():
+        with screen.counting(f"preparing {name}") as progress:
+            found[name] = prepare.prepare(recipe.data, choice, serving, served.rules(recipe), progress)
+    return found["train"], found.get("validation")
 
 
 def ledger(store: Store) -> dict[str, Any]:

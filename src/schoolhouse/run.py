@@ -22,7 +22,7 @@ from schoolhouse import checkpoint, evaluate, fitting, graders, optim, overview,
 from schoolhouse import recipe as recipes
 from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Recipe
-from schoolhouse.data import account, choose, prepare, served
+from schoolhouse.data import account, served
 from schoolhouse.data import plan as plans
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
@@ -179,10 +179,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     directory = places.directory_of(recipe.model)
     today = datetime.date.fromisoformat(previous["date"]) if previous else datetime.date.today()
     serving, rules = served.serving(recipe.model, directory, today), served.rules(recipe)
-    with screen.counting("preparing") as progress:
-        stores = {name: prepare.prepare(recipe.data, choice, serving, rules, progress)
-                  for name, choice in choose.choices(recipe).items()}
-    store, validation = stores["train"], stores.get("validation")
+    store, validation = overview.stores(recipe, serving, screen)
     model = served.load(serving)
     torch.manual_seed(recipe.seed)
     student, proof = spread.proved(directory, recipe, load.device(recipe.device, mesh.place.local), mesh, model.sight)

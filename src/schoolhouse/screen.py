@@ -37,7 +37,7 @@ class Screen:
         self.console.print(table)
 
     def counting(self, title: str) -> Counting:
-        """Progress of work whose end is not known."""
+        """Progress of rows."""
         return Counting(self, title)
 
     def steps(self, total: int, done: int) -> Steps:
@@ -46,18 +46,19 @@ class Screen:
 
 
 class Counting:
-    """Rows done so far, from time to time."""
+    """Rows done, of how many if that is known, from time to time."""
 
     def __init__(self, screen: Screen, title: str) -> None:
-        self._screen, self._title, self._said = screen, title, time.monotonic()
+        self._screen, self._title = screen, title
+        self._began = self._said = time.monotonic()
         self._live = screen.console.is_terminal
         self._progress = Progress(
-            TextColumn("{task.description}"), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn(),
-            console=screen.console, transient=True,
+            BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn(), console=screen.console,
+            transient=True,
         )
-        self._task = self._progress.add_task(title)
+        self._task = self._progress.add_task(title, total=None)
 
-    def __enter__(self) -> Callable[[int], None]:
+    def __enter__(self) -> Callable[[int, int | None], None]:
         if self._live:
             self._progress.start()
         return self._update
@@ -66,11 +67,17 @@ class Counting:
         if self._live:
             self._progress.stop()
 
-    def _update(self, rows: int) -> None:
-        self._progress.update(self._task, completed=rows)
-        if not self._live and time.monotonic() - self._said > PLAIN_SECONDS:
-            self._said = time.monotonic()
-            self._screen.say(f"{self._title}: {rows:,} rows")
+    def _update(self, rows: int, of: int | None) -> None:
+        now = time.monotonic()
+        text = f"{self._title}: {rows:,} rows"
+        if of and rows:
+            of = max(rows, of)
+            left = (now - self._began) / rows * (of - rows)
+            text = f"{self._title}: {rows:,} of {of:,} rows ({rows / of:.0%}), {left:,.0f} s left"
+        self._progress.update(self._task, completed=rows, total=of, description=text)
+        if not self._live and now - self._said > PLAIN_SECONDS:
+            self._said = now
+            self._screen.say(text)
 
 
 class Steps:

@@ -66,10 +66,15 @@ def test_random_rows(drawn: list[Any], how: dict[str, Any], template: str) -> No
         serving = served.serving(recipe.model, places.model_directory("starter/qwen3"))
         stores = {}
         for side, choice in choose.choices(recipe).items():
+            told: list[tuple[int, int | None]] = []
             try:
-                stores[side] = prepare.prepare(recipe.data, choice, serving, served.rules(recipe))
+                stores[side] = prepare.prepare(
+                    recipe.data, choice, serving, served.rules(recipe), lambda *now, told=told: told.append(now))
             except DataError as error:
                 check_refusal(error, recipe, drawn)
+            else:
+                rows = stores[side].ledger.rows
+                assert not told or told[-1] == (rows, rows if side == "train" else told[-1][1])
         for store in stores.values():
             check_ledger(store, min(len(drawn), recipe.data.limit or len(drawn)))
             check_examples(store, served.load(serving).stops.ids, recipe)

@@ -84,6 +84,18 @@ def test_every_kind_of_file(tmp_path, suffix):
     assert list(sources.read(Source(path=str(path)), start=7)) == []
 
 
+@pytest.mark.parametrize("suffix", list(files.READERS))
+def test_the_number_of_rows_is_told_before_they_are_read(tmp_path, suffix):
+    """Where lines or tables have it; elsewhere the limit, if there is one. A broken file is for its reader to tell."""
+    path = write(tmp_path, suffix)
+    known = suffix in (".jsonl", ".ndjson", ".parquet", ".arrow")
+    assert sources.count(Source(path=str(path))) == (7 if known else None)
+    assert sources.count(Source(path=str(path), limit=5)) == 5
+    assert sources.count(Source(path=str(path), limit=9)) == (7 if known else 9)
+    path.write_bytes(b"\0broken")
+    assert sources.count(Source(path=str(path))) == (0 if suffix in (".jsonl", ".ndjson") else None)
+
+
 def test_json_may_be_a_bare_list(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS), "utf-8-sig")
     assert rows(tmp_path / "a.json") == ROWS

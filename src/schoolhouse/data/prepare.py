@@ -37,12 +37,12 @@ SMALL = 2048
 
 Row = tuple[Origin, dict[str, Any] | DataError]
 Chunk = tuple[Rows, list[Row]]
-Progress = Callable[[int], None]
-"""Called with the number of rows done."""
+Progress = Callable[[int, int | None], None]
+"""Called with the number of rows done, and about how many there are, where that is known."""
 
 
 def prepare(
-    data: Data, choice: Choice, serving: Serving, rules: Rules, progress: Progress = lambda rows: None
+    data: Data, choice: Choice, serving: Serving, rules: Rules, progress: Progress = lambda rows, of: None
 ) -> store.Store:
     """The store of these rows: found in the cache, or made there. Raises DataError naming the first bad rows."""
     assert multiprocessing.parent_process() is None, "call this below `if __name__ == '__main__':`, workers import you"
@@ -96,12 +96,22 @@ def _build(
 ) -> None:
     names = list(dict.fromkeys(sources.describe(source) for source in choice.sources))
     writer, kept, not_drawn = store.Writer(directory), account.Account(directory), Counter()
+    expected = _expected(choice)
     work = functools.partial(_encode_chunk, serving, rules, dataclasses.replace(choice, sources=()), names)
     for arrays, seen, counted in _map(work, _chunks(rows_of(data, choice, not_drawn)), data.workers):
         writer.append(arrays, seen)
         kept.add(counted)
-        progress(kept.total.rows.total())
+        progress(kept.total.rows.total(), expected)
     writer.close(fingerprint, kept.close(data, not_drawn, names), names)
+
+
+def _expected(choice: Choice) -> int | None:
+    """About how many rows the store will account for; None where that is not known before they are read."""
+    counts = [sources.count(source) for source in choice.sources]
+    if not all(counts):  # not known, or none at all, which reading will refuse
+        return choice.limit
+    rows = sum(choose.quotas(choice, counts)) if choice.draws else sum(counts)
+    return round(rows * choice.held_out) if choice.side == "validation" else rows
 
 
 def _chunks(rows: Iterable[tuple[Rows, Row]]) -> Iterator[Chunk]:

@@ -55,6 +55,15 @@ def read(source: Source, *, start: int = 0) -> Iterator[tuple[Origin, dict[str, 
     return _counted(islice(_rows(_place(source), source), source.limit), start, source)
 
 
+def count(source: Source) -> int | None:
+    """About how many rows a source has, for a forecast; None where only reading them would tell."""
+    place = _place(source)
+    counts = [files.count(file) for file in place.files]
+    if place.kind not in ("files", "saved") or None in counts:
+        return source.limit
+    return sum(counts) if source.limit is None else min(sum(counts), source.limit)
+
+
 def describe(source: Source) -> str:
     """The source as the user wrote it: `Origin.source` of all its rows."""
     return source.path
