@@ -5,7 +5,7 @@
 
 `--files` prepares real conversations, `--rows` as many generated ones (three rounds, a system prompt, about 1 kB). Each
 measurement has a process of its own. `tokenizer MB/s` is what the tokenizer alone does with the same messages, each
-text once, in the same process: preparation can come near to it, and beyond it only where texts repeat.
+text once, in the same process. Preparation is faster than it where words and texts repeat.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def _texts(path: Path, most: int) -> Iterator[str]:
     for row in rows:
         for message in row.get("messages") or row.get("conversations") or []:
             seen[message.get("content") or message.get("value") or ""] = None
+        seen |= {row[name]: None for name in ("question", "answer") if name in row}
         tools = row.get("tools") or ""
         seen[tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)] = None
     return iter(list(seen)[:most])

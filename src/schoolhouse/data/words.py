@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Split = Callable[[str], list[str]]
 
-MOST_CHARACTERS = 1 << 22
+MOST_CHARACTERS = 1 << 20
 """Of all words that are remembered; when there are more, remembering begins again."""
 _ALONE = ("Split", "Digits", "Punctuation", "ByteLevel")
 """Pre-tokenizers that treat every piece alone."""
