@@ -37,6 +37,8 @@ _FOLDED = {"İ": "i", "ı": "i", "ſ": "s", "\u212a": "k", "ß": "ss", "ẞ": "s
            "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"}
 """Letters beyond ASCII that are letters of ASCII where case is ignored."""
 
+_LINE = "two words"
+
 _CLASS = r"\\[pP]\{\^?\w+\}|\\[sSdDwW]"
 _LETTER = r"\\[rnt]|\\[^\w\s]"
 _ITEM = re.compile(rf"(?P<asked>{_CLASS})|(?P<letter>{_LETTER}|[^\[\]\\&-])(?P<to>-(?:{_LETTER}|[^\[\]\\&-]))?")
@@ -149,7 +151,7 @@ def _stages(settings: dict[str, Any]) -> tuple[tuple[Split, ...], re.Pattern[str
             return None
         splits.append(split)
         sources.append(source)
-        if len(split("two words")) > 1:
+        if len(split(_LINE)) > 1:
             return tuple(splits), _known_characters(sources)
     return None
 
@@ -168,11 +170,12 @@ def _split(source: str) -> Split | None:
     expression = _rewritten(source)
     if expression is None or re.fullmatch(expression, ""):  # nothing is found everywhere
         return None
-    find, gaps = re.compile(expression).findall, functools.cache(functools.partial(re.compile, f"({expression})"))
+    find, cut = re.compile(expression).findall, re.compile(f"({expression})").split
+    covers = "".join(find(_LINE)) == _LINE  # then it mostly finds everything, which is told faster
 
     def split(text: str) -> list[str]:
-        found = find(text)
-        return found if len("".join(found)) == len(text) else list(filter(None, gaps().split(text)))
+        found = find(text) if covers else []
+        return found if len("".join(found)) == len(text) else list(filter(None, cut(text)))
 
     return split
 
