@@ -151,6 +151,11 @@ def test_expressions_that_are_not_understood_are_left_to_the_tokenizer(pattern: 
     check_words(tokenizer)
 
 
+def test_words_of_which_one_is_another_are_not_believed(monkeypatch) -> None:
+    monkeypatch.setattr(words, "_rewritten", lambda source: r"\w+|\s|[^\w\s]+")
+    assert not understood(splitting(LLAMA3))
+
+
 def test_other_ways_of_cutting_are_left_to_the_tokenizer() -> None:
     assert not understood(splitting(" ", "removed")) and not understood(splitting(" ", "merged_with_next"))
     assert not understood(splitting(" ", invert=True)) and not understood(splitting(" ", prefix=True))

@@ -38,6 +38,9 @@ _FOLDED = {"İ": "i", "ı": "i", "ſ": "s", "\u212a": "k", "ß": "ss", "ẞ": "s
 """Letters beyond ASCII that are letters of ASCII where case is ignored."""
 
 _LINE = "two words"
+_SAMPLE = ("def f(x_1):\r\n\t\treturn x_1**2 + 12345.67  # don't, I'LL\n\n\n  Café, naïve – “Größe” … ½ kg",
+           "北京的天气怎么样？ 我今年25岁。\u3000कि 가나다 שלום ١٢٣ Ελλάδα\x85\u2028 \xa0 x  ", " \n \n  a", "''s'")
+"""What each tokenizer is asked before its words are believed: versions of its engine may differ, too."""
 
 _CLASS = r"\\[pP]\{\^?\w+\}|\\[sSdDwW]"
 _LETTER = r"\\[rnt]|\\[^\w\s]"
@@ -131,7 +134,8 @@ def words(tokenizer: Tokenizer, barrier: Barrier) -> Words | None:
     if tokenizer.model.dropout or (tokenizer.normalizer and _settings(tokenizer.normalizer) != {"type": "NFC"}):
         return None
     stages = _stages(_settings(tokenizer.pre_tokenizer))
-    return stages and Words(tokenizer, barrier, *stages)
+    found = stages and Words(tokenizer, barrier, *stages)
+    return found if found and found.ids(_SAMPLE) == encoded(tokenizer, _SAMPLE) else None
 
 
 def _settings(part: Any) -> dict[str, Any]:
