@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from schoolhouse.data import loader, store, vision
+from schoolhouse.data.eyes import Grids, Squares
 from schoolhouse.data.vision import Sight
 from schoolhouse.model import attention, sight
 from schoolhouse.model.load import Student
@@ -40,6 +41,12 @@ SETTINGS = {
                      "vision_config": QWEN3_TOWER, **TOKENS},
     "qwen2_5_vl": {"text_config": {**TEXT, "rope_parameters": MIXED}, **TOKENS,
                    "vision_config": {**TOWER, "window_size": 16, "fullatt_block_indexes": [1]}},
+    "gemma3": {"text_config": {**TEXT, "sliding_window": 7, "query_pre_attn_scalar": 8, "layer_types": [
+                   "sliding_attention", "full_attention", "sliding_attention"]},
+               "vision_config": {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+                                 "num_attention_heads": 2, "patch_size": PATCH, "image_size": 16,
+                                 "vision_use_head": False},
+               "mm_tokens_per_image": 4, "image_token_id": IMAGE, "boi_token_index": 92, "eoi_token_index": 93},
 }
 
 
@@ -58,23 +65,28 @@ def student(family: str = "qwen3_vl", tied: bool = True, seed: int = 1) -> Stude
 
 
 def eyes(family: str = "qwen3_vl") -> Sight:
-    """How the miniature sees: one token for 8 x 8 pixels."""
+    """How the miniature sees: one token for 8 x 8 pixels, of Gemma's squares of 16 x 16."""
+    if family == "gemma3":
+        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+        squares = Gemma3ImageProcessorPil(size={"height": 16, "width": 16}, do_pan_and_scan=False)
+        return Sight(family, vision.FAMILIES[family], Squares(squares, PATCH, 4), IMAGE)
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(
         patch_size=PATCH, merge_size=2, size={"shortest_edge": 64, "longest_edge": 4096},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )
-    return Sight(family, vision.FAMILIES[family], processor, IMAGE)
+    return Sight(family, vision.FAMILIES[family], Grids(processor), IMAGE)
 
 
 def picture(seeing: Sight, height: int, width: int, generator: np.random.Generator) -> Picture:
     """An image of random pixels, held by its row."""
     buffer = io.BytesIO()
     Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
-    grid = seeing.grid((height, width))
+    grid = seeing.eyes.grid((height, width))
     encoded = buffer.getvalue()
-    return Picture("", encoded, hashlib.sha256(encoded).digest(), (height, width), grid, grid[1] * grid[2] // 4)
+    return Picture("", encoded, hashlib.sha256(encoded).digest(), (height, width), grid, seeing.eyes.tokens(grid))
 
 
 def example(seeing: Sight, images: int, generator: np.random.Generator) -> Example:
@@ -149,4 +161,6 @@ def given(row: Example, ids: torch.Tensor, seeing: Sight) -> dict[str, torch.Ten
         return {}
     images = [Image.open(io.BytesIO(one.content)).convert("RGB") for one in row.vision]
     made = seeing.processor(images=images, return_tensors="pt")
+    if seeing.name == "gemma3":
+        return {"pixel_values": made["pixel_values"], "token_type_ids": (ids == IMAGE).int()}
     return {**made, "mm_token_type_ids": (ids == IMAGE).int()}

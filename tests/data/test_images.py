@@ -111,13 +111,12 @@ def test_a_model_that_sees_nothing_refuses_images() -> None:
         prompt(blind, {"question": "hue?", "answer": "red", "image": RED})
 
 
-def test_gemma_3_is_refused_by_name() -> None:
-    """Its image tokens attend both ways, which packs do not do."""
+def test_a_family_that_is_not_known_is_refused_by_name() -> None:
     blind = served.load(served.serving(Model(path="starter/qwen3"), places.model_directory("starter/qwen3")))
-    gemma = replace(blind, family="gemma3")
-    with pytest.raises(DataError, match="gemma3") as caught:
-        prompt(gemma, {"question": "hue?", "answer": "red", "image": RED})
-    assert "qwen3_vl" in caught.value.required
+    other = replace(blind, family="paligemma")
+    with pytest.raises(DataError, match="paligemma") as caught:
+        prompt(other, {"question": "hue?", "answer": "red", "image": RED})
+    assert "qwen3_vl" in caught.value.required and "gemma3" in caught.value.required
 
 
 def test_a_row_without_images_is_read_as_before() -> None:
@@ -163,14 +162,14 @@ def test_an_image_that_changed_or_went_stops_training_with_its_row(model: Served
 def test_tokens_follow_from_the_size_alone(model: Served, size: tuple[int, int]) -> None:
     """The processor's own output has as many patches as were promised from height and width."""
     made = model.sight.processor(images=[Image.fromarray(np.zeros((*size, 3), dtype=np.uint8))], return_tensors="np")
-    assert tuple(made["image_grid_thw"][0].tolist()) == model.sight.grid(size)
+    assert tuple(made["image_grid_thw"][0].tolist()) == model.sight.eyes.grid(size)
 
 
 def test_a_limit_of_tokens_shrinks_images() -> None:
     settings = Model(path="starter/qwen3-vl", image_tokens=16)
     seeing = served.load(served.serving(settings, places.model_directory(settings.path))).sight
     for size in ((48, 48), (480, 300), (1000, 700)):
-        _, rows, columns = seeing.grid(size)
+        _, rows, columns = seeing.eyes.grid(size)
         assert rows * columns // 4 <= 16
 
 

@@ -59,15 +59,23 @@ def test_invariance(images: str, packs: str, tmp_path: Path) -> None:
     check(student(), "qwen3_vl", IMAGES[images], PACKS[packs], tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen2_5_vl", "gemma3"])
 def test_invariance_of_families(family: str, tmp_path: Path) -> None:
     check(student(family), family, IMAGES["mixed"], PACKS["four"], tmp_path)
 
 
+@pytest.mark.parametrize("packs", PACKS)
+@pytest.mark.parametrize("images", IMAGES)
+def test_invariance_where_visual_tokens_see_one_another(images: str, packs: str, tmp_path: Path) -> None:
+    """Gemma 3's images, whose tokens attend in both directions, within the window of the layers that have one."""
+    check(student("gemma3"), "gemma3", IMAGES[images], PACKS[packs], tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
 @pytest.mark.parametrize("frozen", [("vision",), ("vision", "projector"), ("language",)], ids="+".join)
-def test_invariance_with_frozen_parts(frozen: tuple[str, ...], tmp_path: Path) -> None:
+def test_invariance_with_frozen_parts(frozen: tuple[str, ...], family: str, tmp_path: Path) -> None:
     """The parts that are left have the whole model's gradient, the frozen ones none."""
-    one, seeing = student(), eyes()
+    one, seeing = student(family), eyes(family)
     rows = examples(seeing, IMAGES["mixed"])
     with TrueFloat64():
         _, wanted = plain_gradient(one.model, rows, seeing)
@@ -79,21 +87,23 @@ def test_invariance_with_frozen_parts(frozen: tuple[str, ...], tmp_path: Path) -
     check_equal(gradient(one), kept, seen=True)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
 @pytest.mark.parametrize("targets", ["all-linear", r".*language_model.*_proj"], ids=["all", "language"])
-def test_invariance_with_adapters(targets: str, tmp_path: Path) -> None:
-    one = student()
+def test_invariance_with_adapters(targets: str, family: str, tmp_path: Path) -> None:
+    one = student(family)
     lora.inject(one.model, Lora(rank=3, targets=targets))
     with torch.no_grad():
         for name, parameter in one.model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.double()
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    check(one, "qwen3_vl", IMAGES["mixed"], PACKS["four"], tmp_path)
+    check(one, family, IMAGES["mixed"], PACKS["four"], tmp_path)
 
 
-def test_two_data_ranks_of_which_one_has_no_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_two_data_ranks_of_which_one_has_no_image(family: str, tmp_path: Path) -> None:
     """Each rank runs every module, so each has every gradient; their sum is the whole step's."""
-    seeing, one = eyes(), student()
+    seeing, one = eyes(family), student(family)
     rows, packs = examples(seeing, [1, 0, 2, 0, 3, 0]), [[0, 2], [1, 5], [4], [3]]
     kept = stored(rows, tmp_path)
     with TrueFloat64():
@@ -126,9 +136,10 @@ def test_positions_are_the_models_own(tmp_path: Path) -> None:
         assert np.array_equal(found, wanted[:, 0].numpy())
 
 
-def test_a_text_row_has_the_bits_of_plain_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_a_text_row_has_the_bits_of_plain_transformers(family: str, tmp_path: Path) -> None:
     """In float32, through our packed path with its blank image, and through transformers with PyTorch's attention."""
-    seeing, one = eyes(), student()
+    seeing, one = eyes(family), student(family)
     one.model.float().eval()
     (row,) = examples(seeing, [0], seed=5)
     micro = step(stored([row], tmp_path), [[0]], seeing).micro_batches[0]
@@ -141,6 +152,15 @@ def test_a_text_row_has_the_bits_of_plain_transformers(tmp_path: Path) -> None:
         logits = one.model(input_ids=micro.input_ids, use_cache=False).logits
     hook.remove()
     assert torch.equal(one.model.lm_head(hidden[0]), logits)
+
+
+def test_proof_before_the_first_step_sees_images_that_do_not_see_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, seeing = student("gemma3"), eyes("gemma3")
+    one.model.float()
+    assert load.prove(one, seeing).difference < 2e-5
+    monkeypatch.setattr(sight, "TOGETHER", ())
+    with pytest.raises(load.ModelError, match="cannot be trained packed"):
+        load.prove(one, seeing)
 
 
 def test_proof_before_the_first_step_sees_a_wrong_image(monkeypatch: pytest.MonkeyPatch) -> None:

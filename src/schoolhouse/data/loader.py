@@ -76,8 +76,7 @@ def _vision(
 ) -> Vision:
     """The images of a pack, or the blank one of a pack without."""
     if seen is None:
-        blank = torch.from_numpy(sight.blank()).to(device)
-        return Vision(blank, torch.tensor([sight.blank_grid], device=device), real=False)
+        return _blank(sight, device)
     grids = [grid for one in pack for grid in store.grids(one)]
     return Vision(seen.to(device, non_blocking=True), torch.tensor(grids, device=device))
 
@@ -87,10 +86,13 @@ def _empty(device: torch.device, sight: Sight | None) -> MicroBatch:
     return MicroBatch(
         input_ids=zero, labels=zero - 100, weights=zero.float(), positions=zero, boundaries=(0, 1),
         targets=zero[0, :0], pack=(), supervised=0.0,
-        vision=None if sight is None else Vision(
-            torch.from_numpy(sight.blank()).to(device), torch.tensor([sight.blank_grid], device=device), real=False,
-        ),
+        vision=None if sight is None else _blank(sight, device),
     )
+
+
+def _blank(sight: Sight, device: torch.device) -> Vision:
+    pixels, grid = sight.eyes.blank()
+    return Vision(torch.from_numpy(pixels).to(device), torch.tensor([grid], device=device), real=False)
 
 
 def _row(values: np.ndarray, device: torch.device) -> torch.Tensor:

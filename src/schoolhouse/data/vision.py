@@ -3,7 +3,7 @@
 A family is one entry of `FAMILIES`. Lengths follow from sizes alone, by the arithmetic of the model's own processor:
 
     text      the template writes `placeholder` once for each image; `shown` puts one for each visual token there
-    pixels    the model's processor (Pillow's resizing, never torchvision's: pixels must not depend on the machine)
+    pixels    the model's own processor, whose arithmetic is `data.eyes`
     positions multimodal rotary positions in time, height and width (Qwen2-VL, Wang et al., 2024, arXiv:2409.12191)
 """
 
@@ -23,11 +23,12 @@ import numpy as np
 
 from schoolhouse import places
 from schoolhouse.data import pictures
+from schoolhouse.data.eyes import Grids, Squares
 from schoolhouse.errors import ConfigError, DataError
 from schoolhouse.types import Conversation, Example, ImageSource, Message, Picture, Turn
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
 _MARK = re.compile(r"<[^<>\s]+>")
 THUMBNAIL = 160
@@ -46,6 +47,9 @@ class Family:
     """Visual tokens have positions in time, height and width; else they count on like text."""
     visual: str
     """The token of each visual place."""
+    before: str = ""
+    """What the model's processor writes before the visual tokens of an image, and behind them."""
+    after: str = ""
 
 
 _QWEN = Family("<|image_pad|>", placed_by_grid=True, visual="<|image_pad|>")
@@ -53,6 +57,8 @@ FAMILIES = {
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "qwen2_5_vl": _QWEN,
+    "gemma3": Family("<start_of_image>", placed_by_grid=False, visual="<image_soft_token>",
+                     before="\n\n<start_of_image>", after="<end_of_image>\n\n"),
 }
 """By the `model_type` of a model's configuration."""
 
@@ -63,56 +69,26 @@ class Sight:
 
     name: str
     family: Family
-    processor: BaseImageProcessor
+    eyes: Grids | Squares
     token: int
     """The id of the token in every visual place."""
 
     @property
-    def merge(self) -> int:
-        """Patches that become one token, along height and along width."""
-        return self.processor.merge_size
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """Patches in time, height and width of an image of this height and width, without its pixels."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        patch, limits = self.processor.patch_size, self.processor.size
-        height, width = smart_resize(
-            *size, patch * self.processor.merge_size, limits["shortest_edge"], limits["longest_edge"]
-        )
-        return 1, height // patch, width // patch
+    def processor(self) -> BaseImageProcessor:
+        """transformers' own for this model."""
+        return self.eyes.processor
 
     def look(self, source: ImageSource, where: str) -> Picture:
         """An image of a row: its header read, its tokens counted."""
         raw = pictures.open_picture(source.value, source.root, source.most_pixels, where)
-        grid = self.grid(raw.size)
-        tokens = grid[0] * grid[1] * grid[2] // self.merge**2
-        return Picture(raw.path, b"" if raw.path else raw.encoded, raw.digest, raw.size, grid, tokens)
+        grid = self.eyes.grid(raw.size)
+        return Picture(raw.path, b"" if raw.path else raw.encoded, raw.digest, raw.size, grid, self.eyes.tokens(grid))
 
     def pixels(self, picture: Picture, where: str) -> np.ndarray:
-        """f32[patches, …]: the decoded image as the model's processor gives it."""
-        image = pictures.decode(encoded(picture, where), where)
-        made = self.processor(images=[image], input_data_format="channels_last", return_tensors="np")
-        grid = tuple(made["image_grid_thw"][0].tolist()) if "image_grid_thw" in made else picture.grid
+        """f32[…]: the decoded image as the model's processor gives it."""
+        made, grid = self.eyes.pixels(pictures.decode(encoded(picture, where), where))
         assert grid == picture.grid, f"{where}: {picture.grid} patches were promised, the processor made {grid}"
-        return np.ascontiguousarray(made["pixel_values"], dtype=np.float32)
-
-    def blank(self) -> np.ndarray:
-        """The pixels of the smallest image, all zero: what a micro-batch without images shows its vision tower."""
-        patch = self.processor.patch_size**2 * self.processor.temporal_patch_size * 3
-        return np.zeros((self.merge**2, patch), dtype=np.float32)
-
-    def trial(self) -> tuple[np.ndarray, tuple[int, int, int], int]:
-        """Pixels, grid and tokens of a small made-up image, wider than high, to compare two ways through a model."""
-        grid = (1, 2 * self.merge, 3 * self.merge)
-        shape = (grid[1] * grid[2], self.blank().shape[1])
-        made = np.sin(np.arange(np.prod(shape), dtype=np.float64) * 0.7).astype(np.float32).reshape(shape)
-        return made, grid, grid[0] * grid[1] * grid[2] // self.merge**2
-
-    @property
-    def blank_grid(self) -> tuple[int, int, int]:
-        """The grid of `blank`."""
-        return 1, self.merge, self.merge
+        return np.ascontiguousarray(made, dtype=np.float32)
 
     def positions(self, ids: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> np.ndarray:
         """i64[3, T]: the positions of an example in time, height and width.
@@ -125,7 +101,7 @@ class Sight:
             return found
         place, visual = 0, np.flatnonzero(ids == self.token)
         for time, rows, columns in grids:
-            rows, columns = rows // self.merge, columns // self.merge
+            rows, columns = rows // self.eyes.merge, columns // self.eyes.merge
             start, begin = int(visual[place]), int(found[0, visual[place]])
             end = start + time * rows * columns
             found[:, start:end] = begin + np.indices((time, rows, columns)).reshape(3, -1)
@@ -154,7 +130,7 @@ class Sight:
         strange = family.visual != family.placeholder and family.visual in text
         if len(pieces) - 1 != len(images) or strange:
             raise _astray(f"the text has {len(pieces) - 1} places for {len(images)} images", where)
-        places = [family.visual * picture.tokens for picture in images]
+        places = [f"{family.before}{family.visual * picture.tokens}{family.after}" for picture in images]
         return "".join(piece + place for piece, place in zip(pieces, [*places, ""], strict=True))
 
 
@@ -219,7 +195,7 @@ def described(picture: Picture, where: str) -> dict[str, Any]:
 
 
 def blind(conversation: Conversation, family: str | None) -> None:
-    """Refuse images for a model of a family that does not see, or whose sight is not known here (Gemma 3)."""
+    """Refuse images for a model of a family that does not see, or whose sight is not known here."""
     kinds = {part.kind for message in conversation.messages for part in message.parts} - {"text"}
     if kinds:
         raise DataError(
@@ -238,14 +214,47 @@ def sight(
     directory: Path, tokenizer: PreTrainedTokenizerBase, most_tokens: int | None
 ) -> Sight | None:
     """How the model of a directory sees; None for a model that does not."""
+    from transformers import AutoConfig
+
     name = model_type(directory)
     family = FAMILIES.get(name)
     if family is None:
         return None
-    processor = _processor(directory, most_tokens)
+    configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     token = tokenizer.convert_tokens_to_ids(family.visual)
-    _check_token(directory, token, family)
-    return Sight(name, family, processor, token)
+    if configuration.image_token_id != token:
+        raise ConfigError(
+            f"the tokenizer has {family.visual} as {token}, the model as {configuration.image_token_id}",
+            required="a tokenizer and a configuration that belong together", where=str(directory),
+            remedy="copy both from the same model",
+        )
+    processor = _processor(directory)
+    eyes = _grids(processor, most_tokens) if family.placed_by_grid else _squares(processor, configuration, most_tokens)
+    return Sight(name, family, eyes, token)
+
+
+def _grids(processor: BaseImageProcessor, most_tokens: int | None) -> Grids:
+    """With a smaller limit of tokens, where one is asked for."""
+    if most_tokens is not None:
+        unit, size = (processor.patch_size * processor.merge_size) ** 2, processor.size
+        processor.size = {name: min(size[name], most_tokens * unit) for name in ("shortest_edge", "longest_edge")}
+    return Grids(processor)
+
+
+def _squares(processor: BaseImageProcessor, configuration: PretrainedConfig, most_tokens: int | None) -> Squares:
+    """Raises ConfigError where an image cannot have so few tokens, or would be cut into several."""
+    count = configuration.mm_tokens_per_image
+    if most_tokens is not None and most_tokens < count:
+        raise ConfigError(
+            f"model.image_tokens={most_tokens}, and every image of this model has {count}", where="model.image_tokens",
+            required=f"at least {count}", remedy="leave it out",
+        )
+    if processor.do_pan_and_scan:
+        raise ConfigError(
+            "the image processor cuts wide images into several (do_pan_and_scan)", where=PROCESSOR,
+            required="one image for each image of a row", remedy="set do_pan_and_scan to false there",
+        )
+    return Squares(processor, configuration.vision_config.patch_size, count)
 
 
 @functools.cache
@@ -259,23 +268,12 @@ def model_type(directory: Path) -> str | None:
     return _settings(directory).get("model_type")
 
 
-def _check_token(directory: Path, token: int, family: Family) -> None:
-    settings = _settings(directory)
-    wanted = settings.get("image_token_id", settings.get("image_token_index"))
-    if wanted != token:
-        raise ConfigError(
-            f"the tokenizer has {family.visual} as {token}, the model as {wanted}",
-            required="a tokenizer and a configuration that belong together", where=str(directory),
-            remedy="copy both from the same model",
-        )
-
-
-def _processor(directory: Path, most_tokens: int | None) -> BaseImageProcessor:
-    """The model's own image processor on Pillow, perhaps with a smaller limit of tokens."""
+def _processor(directory: Path) -> BaseImageProcessor:
+    """The model's own image processor on Pillow."""
     from transformers import AutoImageProcessor
 
     try:
-        made = AutoImageProcessor.from_pretrained(
+        return AutoImageProcessor.from_pretrained(
             directory, backend="pil", trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
@@ -285,9 +283,3 @@ def _processor(directory: Path, most_tokens: int | None) -> BaseImageProcessor:
             required=f"{PROCESSOR}, which belongs to a model that sees", where=str(directory),
             remedy="copy the file from the model",
         ) from None
-    if most_tokens is None:
-        return made
-    unit = (made.patch_size * made.merge_size) ** 2
-    made.size = {"shortest_edge": min(made.size["shortest_edge"], most_tokens * unit),
-                 "longest_edge": min(made.size["longest_edge"], most_tokens * unit)}
-    return made

@@ -34,6 +34,8 @@ class Layout:
     """i64[S]: the place among the groups of each token of the sequence."""
     padding: torch.Tensor
     """i64[P - S]: the places among the groups that are padding."""
+    together: tuple[torch.Tensor | None, ...]
+    """bool[E, 1, T, T] of each group: pairs of tokens that see one another beside what is causal; None for none."""
     exchange: Exchange | None = None
     """The way to the processes that hold the other parts of the sequence; None where it is whole here."""
 
@@ -43,25 +45,48 @@ def register() -> None:
     AttentionInterface.register(NAME, packed_attention)
 
 
-def layout(boundaries: Sequence[int], device: torch.device, exchange: Exchange | None = None) -> Layout:
-    """Group the examples between `boundaries` (E + 1 offsets of the whole sequence) by length."""
+def layout(
+    boundaries: Sequence[int], device: torch.device, exchange: Exchange | None = None,
+    visual: torch.Tensor | None = None,
+) -> Layout:
+    """Group the examples between `boundaries` (E + 1 offsets of the whole sequence) by length.
+
+    Runs of `visual` tokens (bool[S]) within an example see one another in both directions, as images do in Gemma 3.
+    """
     groups: list[list[tuple[int, int]]] = []
     for start, end in sorted(itertools.pairwise(boundaries), key=lambda span: span[0] - span[1]):
         if groups and end - start >= (1 - PADDING) * (groups[-1][0][1] - groups[-1][0][0]):
             groups[-1].append((start, end))
         else:
             groups.append([(start, end)])
-    there, real = [], []
+    there, real, together = [], [], []
+    runs = None if visual is None else _runs(visual.cpu(), boundaries)
     for members in groups:
         spans = torch.tensor(members)
         places = spans[:, :1] + torch.arange(members[0][1] - members[0][0])
         there.append(torch.minimum(places, spans[:, 1:] - 1).flatten())
         real.append((places < spans[:, 1:]).flatten())
+        together.append(None if runs is None else _together(runs[there[-1]].where(real[-1], 0).view_as(places), device))
     there, real = torch.cat(there), torch.cat(real)
     back = torch.empty(boundaries[-1], dtype=torch.int64)
     back[there[real]] = real.nonzero().flatten()
     shapes = tuple((len(members), members[0][1] - members[0][0]) for members in groups)
-    return Layout(shapes, there.to(device), back.to(device), (~real).nonzero().flatten().to(device), exchange)
+    padding = (~real).nonzero().flatten()
+    return Layout(shapes, there.to(device), back.to(device), padding.to(device), tuple(together), exchange)
+
+
+def _runs(visual: torch.Tensor, boundaries: Sequence[int]) -> torch.Tensor:
+    """i64[S]: the number of the run of visual tokens, counted from 1, that a token belongs to; 0 for text."""
+    begins = visual.clone()
+    begins[1:] &= ~visual[:-1]
+    begins[list(boundaries[:-1])] = visual[list(boundaries[:-1])]
+    return begins.cumsum(0) * visual
+
+
+def _together(runs: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """bool[E, 1, T, T]: the pairs of the same run, of runs [E, T]; None where there is none."""
+    same = (runs.unsqueeze(2) == runs.unsqueeze(1)) & (runs > 0).unsqueeze(2)
+    return same.unsqueeze(1).to(device) if runs.any() else None
 
 
 def packed_attention(
@@ -102,9 +127,9 @@ def _attend(
     """Attention of the whole sequence: query [S, H, K], key and value [S, H', K'] to [S, H, K']."""
     parts = [_ToGroups.apply(one, layout).split([e * t for e, t in layout.groups]) for one in (query, key, value)]
     outputs = []
-    for (examples, length), *group in zip(layout.groups, *parts, strict=True):
+    for (examples, length), together, *group in zip(layout.groups, layout.together, *parts, strict=True):
         queries, keys, values = (states.unflatten(0, (examples, length)).transpose(1, 2) for states in group)
-        mask = _window(length, sliding_window, query.device)
+        mask = _mask(length, sliding_window, together, query.device)
         if softcap is None and s_aux is None:
             attended = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
@@ -143,12 +168,19 @@ class _FromGroups(torch.autograd.Function):
         return picked.index_fill_(0, ctx.layout.padding, 0), None
 
 
-def _window(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """The mask [T, T] of a sliding window, or None where plain causality says the same."""
-    if sliding_window is None or sliding_window >= length:
+def _mask(
+    length: int, sliding_window: int | None, together: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """Who sees whom, [T, T] or [E, 1, T, T]; None where plain causality says the same.
+
+    What a window leaves out stays out, also of an image that is longer than it.
+    """
+    narrow = sliding_window is not None and sliding_window < length
+    if not narrow and together is None:
         return None
     distance = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < sliding_window)
+    seen = distance >= 0 if together is None else (distance >= 0) | together
+    return seen & (distance < sliding_window) if narrow else seen
 
 
 def _explicit(

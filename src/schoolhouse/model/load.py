@@ -83,7 +83,10 @@ class Student(nn.Module):
                 attention_mask=None,
                 position_ids=part.positions,
                 use_cache=False,
-                layout=attention.layout(part.boundaries, part.input_ids.device, self.exchange),
+                layout=attention.layout(
+                    part.boundaries, part.input_ids.device, self.exchange,
+                    None if part.vision is None else sight.together(self.model, part.input_ids),
+                ),
                 **({"output_router_logits": True} if added.balance else {}),
                 **sight.inputs(self.model, part.vision, part.input_ids, self.exchange),
             )
@@ -273,9 +276,9 @@ def _with_image(
     sequences: list[torch.Tensor], seeing: Sight, place: torch.device
 ) -> tuple[list[torch.Tensor], Vision]:
     """The sequences with the places of an image inside the second one, and the image."""
-    pixels, grid, tokens = seeing.trial()
+    pixels, grid = seeing.eyes.trial()
     plain = [torch.where(one == seeing.token, (one + 1) % seeing.token, one) for one in sequences]
-    places = torch.full((tokens,), seeing.token)
+    places = torch.full((seeing.eyes.tokens(grid),), seeing.token)
     second = torch.cat([plain[1][:2], places, plain[1][2:]])
     return [plain[0], second], Vision(torch.from_numpy(pixels).to(place), torch.tensor([grid], device=place))
 

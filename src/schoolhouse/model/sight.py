@@ -13,6 +13,7 @@ and the language model goes on with a part of these. Backward brings the gradien
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from schoolhouse.types import Vision
 
 PLACED_BY_GRID = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 """Model types whose vision tower takes the grid of patches beside the pixels."""
+TOGETHER = ("gemma3",)
+"""Model types whose visual tokens of one image see one another in both directions."""
 PARTS = {
     "vision": ("model.visual.", "model.vision_tower."),
     "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list.", "model.multi_modal_projector."),
@@ -103,18 +106,26 @@ def _features(seen: Any) -> list[torch.Tensor]:
 
 def _gathered(owner: nn.Module, shared: Shared) -> list[torch.Tensor]:
     """The features of all images in the order of their tokens; this process encodes its share."""
-    vision, exchange, merged = shared.vision, shared.exchange, owner.visual.spatial_merge_size
-    own, grid = vision.shares[exchange.peers.rank()], vision.grid
-    pixels, shown = vision.pixels, grid[list(own)]
-    if not own:  # it runs its tower too: a blank patch, whose features go nowhere
-        pixels, shown = pixels.new_zeros(merged**2, pixels.shape[1]), grid.new_tensor([[1, merged, merged]])
-    seen = _features(owner.get_image_features(pixel_values=pixels, image_grid_thw=shown, return_dict=True))
-    tokens = (grid.prod(1) // merged**2).tolist()
+    vision, exchange = shared.vision, shared.exchange
+    own = vision.shares[exchange.peers.rank()]
+    seen = [one.flatten(0, -2) for one in _features(owner.get_image_features(**_own(owner, vision, own)))]
+    patches = vision.grid.prod(1)
+    tokens = (patches * shared.places.sum() // patches.sum()).tolist()
     sizes = [sum(tokens[image] for image in images) for images in vision.shares]
     came = [image for images in vision.shares for image in images]
     rows = exchange.gather(torch.cat(seen, 1)[: sizes[exchange.peers.rank()]], sizes)
     pieces = dict(zip(came, rows.split([tokens[image] for image in came]), strict=True))
     return list(torch.cat([pieces[image] for image in range(len(came))]).chunk(len(seen), 1))
+
+
+def _own(owner: nn.Module, vision: Vision, own: Sequence[int]) -> dict[str, Any]:
+    """The images that this process encodes. With none it runs its tower too: on a blank, whose features go nowhere."""
+    pixels, grid = vision.pixels, vision.grid[list(own)]
+    by_grid = owner.config.model_type in PLACED_BY_GRID
+    if not own:
+        merged = owner.visual.spatial_merge_size if by_grid else 1
+        pixels, grid = pixels.new_zeros(merged**2, *pixels.shape[1:]), grid.new_tensor([[1, merged, merged]])
+    return {"pixel_values": pixels, "return_dict": True, **({"image_grid_thw": grid} if by_grid else {})}
 
 
 def _placed(embeddings: torch.Tensor, shared: Shared, features: list[torch.Tensor]) -> dict[str, Any]:
@@ -149,6 +160,11 @@ def inputs(
         given["image_grid_thw"] = vision.grid
     given = given if vision.real else {BLANK: given}
     return given if vision.part is None else {**given, PART: vision.part}
+
+
+def together(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor | None:
+    """Which tokens of ids [1, S] are visual, bool[S], where those of an image see one another in both directions."""
+    return ids[0] == model.config.image_token_id if model.config.model_type in TOGETHER else None
 
 
 def own_inputs(model: PreTrainedModel, vision: Vision, visual: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -65,7 +65,9 @@ def _shared_out(vision: Vision, mesh: Mesh) -> Vision:
         return vision
     patches = vision.grid.prod(1).tolist()
     shared = shares(patches, mesh.ulysses)
-    own = [vision.pixels.split(patches)[image] for image in shared[mesh.ulysses_rank]]
+    # as many rows as patches, or one for each of images that all have as many
+    pixels = vision.pixels.split([one * len(vision.pixels) // sum(patches) for one in patches])
+    own = [pixels[image] for image in shared[mesh.ulysses_rank]]
     return dataclasses.replace(vision, pixels=torch.cat([vision.pixels[:0], *own]), shares=shared)
 
 
