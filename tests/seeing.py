@@ -126,12 +126,15 @@ def planned(kept: store.Store, packs: Sequence[Sequence[int]]) -> PlannedStep:
     )
 
 
-def step(kept: store.Store, packs: Sequence[Sequence[int]], seeing: Sight, rank: int = 0, ranks: int = 1) -> Step:
+def step(
+    kept: store.Store, packs: Sequence[Sequence[int]], seeing: Sight, rank: int = 0, ranks: int = 1,
+    share: tuple[int, int] = (0, 1),
+) -> Step:
     """The micro-batches of a data rank."""
     mine, cpu = packs[rank::ranks], torch.device("cpu")
-    seen = loader.pixels(kept, mine, seeing, len(kept), cpu)
+    seen = loader.pixels(kept, mine, seeing, len(kept), cpu, share)
     return Step(
-        planned(kept, packs), [loader.micro_batch(kept, pack, cpu, seeing, next(seen)) for pack in mine]
+        planned(kept, packs), [loader.micro_batch(kept, pack, cpu, seeing, next(seen), share[1]) for pack in mine]
     )
 
 

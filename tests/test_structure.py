@@ -34,7 +34,7 @@ LAYERS = (
 """A part imports from its own layer and those before it."""
 
 MAKES_TENSORS = ("data/loader.py", "data/ahead.py")
-LOADS_TOKENIZERS = ("data/tokens.py", "data/served.py", "data/vision.py")
+LOADS_TOKENIZERS = ("data/tokens.py", "data/served.py", "data/vision.py", "data/eyes.py")
 
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "hasattr", "__import__"}

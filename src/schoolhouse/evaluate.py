@@ -80,10 +80,11 @@ def validation(
     sums = torch.zeros(4, dtype=torch.float64, device=student.device)
     every = plan.partition(store.lengths, batch_tokens, mesh.data_ranks, store.patches)
     packs = every[mesh.data_rank :: mesh.data_ranks]
-    seen = loader.pixels(store, packs, seeing, len(store), student.device)
+    seen = loader.pixels(store, packs, seeing, len(store), student.device, mesh.seat)
     with _evaluating(student):
         for pack in packs:
-            loss = student.loss(loader.micro_batch(store, pack, student.device, seeing, next(seen)))
+            micro = loader.micro_batch(store, pack, student.device, seeing, next(seen), mesh.ulysses)
+            loss = student.loss(micro)
             sums += torch.stack([loss.nll, loss.correct, loss.supervised, torch.full_like(sums[0], loss.tokens)])
     nll, correct, supervised, tokens = mesh.sum(sums).tolist()
     return {

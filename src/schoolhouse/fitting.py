@@ -58,8 +58,9 @@ class Rehearsal:
 
     def _update(self, pack: Sequence[int]) -> None:
         student = self.student
-        seen = next(iter(loader.pixels(self.store, iter([pack]), self.sight, len(pack), student.device)))
-        micro = loader.micro_batch(self.store, pack, student.device, self.sight, seen)
+        share = student.mesh.seat
+        seen = next(iter(loader.pixels(self.store, iter([pack]), self.sight, len(pack), student.device, share)))
+        micro = loader.micro_batch(self.store, pack, student.device, self.sight, seen, share[1])
         fsdp.expect(student, last=True)
         (student.loss(micro, Drawn(0, 0)).nll / micro.supervised).backward()
         self.optimizer.clip()

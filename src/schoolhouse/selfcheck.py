@@ -173,15 +173,18 @@ def as_a_run_does(
         float(store.supervised.sum()),
     )
     mine = packs[mesh.data_rank :: mesh.data_ranks]
-    step = Step(planned, [_micro_batch(store, pack, student.device, seeing) for pack in mine])
+    step = Step(planned, [_micro_batch(store, pack, student.device, seeing, mesh) for pack in mine])
     loss, _ = train.compute_gradient(student, step, recipe.seed)
     gradients = {name: one.grad for name, one in optimizer.masters.items() if one.grad is not None}
     whole = ((name, one.full_tensor() if isinstance(one, DTensor) else one) for name, one in gradients.items())
     return loss, {name: one.cpu() for name, one in whole if mesh.is_first}
 
 
-def _micro_batch(store: Store, pack: Sequence[int], place: torch.device, seeing: Sight | None) -> MicroBatch:
-    return loader.micro_batch(store, pack, place, seeing, ahead.of_pack(store, pack, seeing) if seeing else None)
+def _micro_batch(
+    store: Store, pack: Sequence[int], place: torch.device, seeing: Sight | None, mesh: Mesh = ALONE
+) -> MicroBatch:
+    seen = ahead.of_pack(store, pack, seeing, mesh.seat) if seeing else None
+    return loader.micro_batch(store, pack, place, seeing, seen, mesh.ulysses)
 
 
 def plainly(

@@ -54,7 +54,7 @@ def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
     with stop.deferred(), run.screen.steps(run.steps, run.done) as progress:
         for step in loader.steps(
             run.store, run.plan, run.done + 1, run.steps, run.student.device,
-            rank=mesh.data_rank, ranks=mesh.data_ranks, sight=run.served.sight,
+            rank=mesh.data_rank, ranks=mesh.data_ranks, sight=run.served.sight, share=mesh.seat,
         ):
             loaded = time.perf_counter()
             with _NamingRows(run, step):

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import group
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from true_float64 import TrueFloat64
 
 from schoolhouse import train
+from schoolhouse.data import pictures
 from schoolhouse.model import sight
 from schoolhouse.model.load import Student
 from schoolhouse.parallel import fsdp
@@ -36,7 +38,7 @@ def compare(family: str, kind: str, layout: group.Layout, frozen: tuple[str, ...
         sight.freeze(one.model, frozen)
         placed = Student(one.model, mesh)
         fsdp.shard(placed, mesh, torch.float64, offload=False)
-        mine = step(stored(rows, Path(place)), PACKS[kind], seeing, mesh.data_rank, mesh.data_ranks)
+        mine = step(stored(rows, Path(place)), PACKS[kind], seeing, mesh.data_rank, mesh.data_ranks, mesh.seat)
         loss, _ = train.compute_gradient(placed, mine, seed=0)
     worst = abs(loss - wanted_loss) / abs(wanted_loss)
     largest = max(float(gradient.norm()) for gradient in wanted.values())
@@ -53,19 +55,21 @@ def compare(family: str, kind: str, layout: group.Layout, frozen: tuple[str, ...
 
 def encoded(layout: group.Layout) -> list[int]:
     """Patches that all vision towers were shown in a step, those of the rows, and the most that one process had more
-    than another."""
+    than another; images that all processes decoded, and those of the rows."""
     one, seeing, mesh = student(), eyes(), group.mesh(layout)
     rows = examples(seeing, IMAGES["mixed"], seed=7)
     placed, seen = Student(one.model, mesh), []
     placed.model.model.visual.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(args[0])),
                                                         with_kwargs=True)
     fsdp.shard(placed, mesh, torch.float64, offload=False)
-    with TrueFloat64(), tempfile.TemporaryDirectory() as place:
-        mine = step(stored(rows, Path(place)), [[0, 1, 2, 3, 4, 5]], seeing, mesh.data_rank, mesh.data_ranks)
+    decodes = mock.patch.object(pictures, "decode", wraps=pictures.decode)
+    with TrueFloat64(), tempfile.TemporaryDirectory() as place, decodes as decode:
+        mine = step(stored(rows, Path(place)), [[0, 1, 2, 3, 4, 5]], seeing, mesh.data_rank, mesh.data_ranks, mesh.seat)
         train.compute_gradient(placed, mine, seed=0)
     every = mesh.gather(sum(seen))
     wanted = sum(height * width for row in rows for _, height, width in [image.grid for image in row.vision])
-    return [sum(every), wanted, max(every) - min(every)]
+    images = sum(len(row.vision) for row in rows)
+    return [sum(every), wanted, max(every) - min(every), sum(mesh.gather(decode.call_count)), images]
 
 
 def named(world: int) -> dict[str, Callable[[], float | list[int]]]:

@@ -1,14 +1,19 @@
-"""Pixels ahead of need: worker processes decode and resize the images of coming packs while a step is computed.
+"""Pixels ahead of need: the images of coming packs are decoded and resized while a step is computed, many by worker
+processes and few by a thread.
 
-The order is the plan's, whatever the number of workers, and a pack's pixels are a function of its images alone.
+The order is the plan's, whatever the number of workers, and a pack's pixels are a function of its images alone. Of a
+Ulysses group each process makes the pixels of the images that it encodes.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +29,12 @@ from schoolhouse.types import Picture, Vision
 
 Pack = Sequence[int]
 DEPTH = 2
-"""Packs that each worker has ready or under way."""
+"""Packs that each worker, or the thread, has ready or under way."""
 LITTLE = 1 << 14
-"""Patches of an average step that are made in place: starting workers costs seconds, these cost a few hundredths."""
+"""Patches of an average step that a thread makes: starting workers costs seconds, these cost a few hundredths."""
+Share = tuple[int, int]
+"""This process among those that divide the images of a pack, and how many these are."""
+WHOLE: Share = (0, 1)
 
 
 def pixels(sight: Sight, shown: Sequence[tuple[Picture, str]]) -> torch.Tensor | None:
@@ -43,26 +51,57 @@ def vision(sight: Sight, shown: Sequence[Picture], device: torch.device, where: 
     return Vision(seen.to(device), torch.tensor([picture.grid for picture in shown], device=device))
 
 
-def of_pack(store: Store, pack: Pack, sight: Sight) -> torch.Tensor | None:
-    """The pixels of a pack's images."""
-    return pixels(sight, [(picture, str(store[one].origin)) for one in pack for picture in store.pictures(one)])
+def shares(costs: Sequence[int], degree: int) -> tuple[tuple[int, ...], ...]:
+    """Which images each of `degree` processes encodes: the dearest first, each to the one that has least to do."""
+    taken: list[list[int]] = [[] for _ in range(degree)]
+    loads = [0] * degree
+    for image in sorted(range(len(costs)), key=lambda one: -costs[one]):
+        least = loads.index(min(loads))
+        taken[least].append(image)
+        loads[least] += costs[image]
+    return tuple(tuple(sorted(images)) for images in taken)
+
+
+def of_pack(store: Store, pack: Pack, sight: Sight, share: Share = WHOLE) -> torch.Tensor | None:
+    """The pixels of a pack's images, or of this process's share of them: then perhaps of none."""
+    shown = [(picture, str(store[one].origin)) for one in pack for picture in store.pictures(one)]
+    rank, degree = share
+    if degree == 1 or not shown:
+        return pixels(sight, shown)
+    own = shares([math.prod(picture.grid) for picture, _ in shown], degree)[rank]
+    made = pixels(sight, [shown[image] for image in own])
+    return torch.from_numpy(sight.eyes.blank()[0][:0]) if made is None else made
 
 
 def of_packs(
-    store: Store, packs: Iterable[Pack], sight: Sight, examples: int, *, pinned: bool = False
+    store: Store, packs: Iterable[Pack], sight: Sight, examples: int, *, share: Share = WHOLE, pinned: bool = False
 ) -> Iterator[torch.Tensor | None]:
     """The pixels of each pack in order, made by workers where a step of so many examples is worth it."""
     if float(store.patches.mean()) * examples < LITTLE:
-        for pack in packs:
-            yield of_pack(store, pack, sight)
+        yield from _by_a_thread(store, packs, sight, share)
         return
     awaited, asked = itertools.tee(map(tuple, packs))
     made = iter(DataLoader(
-        _Packs(store.directory, sight), batch_size=None, sampler=_Order(asked), num_workers=min(8, os.cpu_count() or 1),
-        prefetch_factor=DEPTH, multiprocessing_context="spawn", worker_init_fn=_ignore_signals, pin_memory=pinned,
+        _Packs(store.directory, sight, share), batch_size=None, sampler=_Order(asked),
+        num_workers=min(8, os.cpu_count() or 1), prefetch_factor=DEPTH, multiprocessing_context="spawn",
+        worker_init_fn=_ignore_signals, pin_memory=pinned,
     ))
     for pack in awaited:
         yield _received(made, store, pack)
+
+
+def _by_a_thread(
+    store: Store, packs: Iterable[Pack], sight: Sight, share: Share
+) -> Iterator[torch.Tensor | None]:
+    """Pillow and torch let other threads go on while they compute."""
+    with ThreadPoolExecutor(1) as thread:
+        made: deque[Future] = deque()
+        for pack in packs:
+            made.append(thread.submit(of_pack, store, pack, sight, share))
+            if len(made) > DEPTH:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
 
 
 def _received(made: Iterator, store: Store, pack: Pack) -> torch.Tensor | None:
@@ -86,10 +125,11 @@ class _Packs(Dataset):
 
     directory: Path
     sight: Sight
+    share: Share
 
     def __getitem__(self, pack: Pack) -> torch.Tensor | DataError | None:
         try:
-            return of_pack(stores.opened(self.directory), pack, self.sight)
+            return of_pack(stores.opened(self.directory), pack, self.sight, self.share)
         except DataError as error:
             return error
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from schoolhouse.data import ahead
+from schoolhouse.data.ahead import WHOLE, Share
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
@@ -17,32 +19,35 @@ from schoolhouse.types import MicroBatch, Step, Vision
 
 def steps(
     store: Store, plan: Plan, first: int, last: int, device: torch.device, *, rank: int = 0, ranks: int = 1,
-    sight: Sight | None = None,
+    sight: Sight | None = None, share: Share = WHOLE,
 ) -> Iterator[Step]:
-    """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them, images decoded ahead."""
+    """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them, images decoded ahead:
+    those of this process's share where several work on one pack."""
     assert plan.ranks % ranks == 0, "every rank computes equally many packs"
     packs = (pack for index in range(first, last + 1) for pack in plan.step(index).packs[rank::ranks])
-    seen = pixels(store, packs, sight, -(-plan.examples // ranks), device)
+    seen = pixels(store, packs, sight, -(-plan.examples // ranks), device, share)
     for index in range(first, last + 1):
         planned = plan.step(index)
         mine = planned.packs[rank::ranks]
-        yield Step(planned, [micro_batch(store, pack, device, sight, next(seen)) for pack in mine])
+        yield Step(planned, [micro_batch(store, pack, device, sight, next(seen), share[1]) for pack in mine])
 
 
 def pixels(
-    store: Store, packs: Iterable[Sequence[int]], sight: Sight | None, examples: int, device: torch.device
+    store: Store, packs: Iterable[Sequence[int]], sight: Sight | None, examples: int, device: torch.device,
+    share: Share = WHOLE,
 ) -> Iterator[torch.Tensor | None]:
-    """The pixels of each pack in order; None for a pack or a model without images."""
+    """The pixels of each pack in order, or of this process's share; None for a pack or a model without images."""
     if sight is None:
         return itertools.repeat(None)
-    return ahead.of_packs(store, packs, sight, examples, pinned=device.type == "cuda")
+    return ahead.of_packs(store, packs, sight, examples, share=share, pinned=device.type == "cuda")
 
 
 def micro_batch(
     store: Store, pack: Sequence[int], device: torch.device, sight: Sight | None = None,
-    seen: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None, degree: int = 1,
 ) -> MicroBatch:
-    """The examples of a pack end to end with the pixels `seen`; an empty pack is one token that teaches nothing."""
+    """The examples of a pack end to end with the pixels `seen`, of all images or of the share of one of `degree`
+    processes; an empty pack is one token that teaches nothing."""
     if not pack:
         return _empty(device, sight)
     examples = [store[index] for index in pack]
@@ -57,7 +62,7 @@ def micro_batch(
         targets=torch.from_numpy(np.flatnonzero(weights)).to(device),
         pack=tuple(pack),
         supervised=float(store.supervised[list(pack)].sum()),
-        vision=None if sight is None else _vision(store, pack, device, sight, seen),
+        vision=None if sight is None else _vision(store, pack, device, sight, seen, degree),
     )
 
 
@@ -72,13 +77,14 @@ def _positions(
 
 
 def _vision(
-    store: Store, pack: Sequence[int], device: torch.device, sight: Sight, seen: torch.Tensor | None
+    store: Store, pack: Sequence[int], device: torch.device, sight: Sight, seen: torch.Tensor | None, degree: int
 ) -> Vision:
     """The images of a pack, or the blank one of a pack without."""
     if seen is None:
         return _blank(sight, device)
     grids = [grid for one in pack for grid in store.grids(one)]
-    return Vision(seen.to(device, non_blocking=True), torch.tensor(grids, device=device))
+    shares = None if degree == 1 else ahead.shares([math.prod(grid) for grid in grids], degree)
+    return Vision(seen.to(device, non_blocking=True), torch.tensor(grids, device=device), shares=shares)
 
 
 def _empty(device: torch.device, sight: Sight | None) -> MicroBatch:

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from schoolhouse import loss, places
 from schoolhouse.config import Lora, Model
+from schoolhouse.data import ahead
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
@@ -269,18 +270,21 @@ def _sequences(
     """Two sequences of tokens spread over the vocabulary, the same every time, and the image that the second shows."""
     drawn = torch.arange(1, 2 * tokens + 4) * 7919 % student.vocabulary
     sequences = [drawn[: tokens + 1], drawn[tokens + 1 :]]
-    return (sequences, None) if seeing is None else _with_image(sequences, seeing, student.device)
+    return (sequences, None) if seeing is None else _with_image(sequences, seeing, student.device, student.mesh)
 
 
 def _with_image(
-    sequences: list[torch.Tensor], seeing: Sight, place: torch.device
+    sequences: list[torch.Tensor], seeing: Sight, place: torch.device, mesh: Mesh
 ) -> tuple[list[torch.Tensor], Vision]:
-    """The sequences with the places of an image inside the second one, and the image."""
+    """The sequences with the places of an image inside the second one, and the image: the first process of a group
+    that shares a micro-batch has its pixels."""
     pixels, grid = seeing.eyes.trial()
     plain = [torch.where(one == seeing.token, (one + 1) % seeing.token, one) for one in sequences]
     places = torch.full((seeing.eyes.tokens(grid),), seeing.token)
     second = torch.cat([plain[1][:2], places, plain[1][2:]])
-    return [plain[0], second], Vision(torch.from_numpy(pixels).to(place), torch.tensor([grid], device=place))
+    shares = None if mesh.ulysses == 1 else ahead.shares([1], mesh.ulysses)
+    seen = torch.from_numpy(pixels if mesh.ulysses_rank == 0 else pixels[:0]).to(place)
+    return [plain[0], second], Vision(seen, torch.tensor([grid], device=place), shares=shares)
 
 
 def _pack(

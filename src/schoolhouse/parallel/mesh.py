@@ -90,6 +90,11 @@ class Mesh:
         """Which part of its tokens is this process's."""
         return self.rank % self.degrees.ulysses
 
+    @property
+    def seat(self) -> tuple[int, int]:
+        """This process among those that share a micro-batch, and how many these are."""
+        return self.ulysses_rank, self.ulysses
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process: all of them get the same answer."""
         return bool(self.sum(torch.tensor(float(flag)))) if self.world > 1 else flag

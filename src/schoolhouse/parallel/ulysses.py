@@ -24,15 +24,15 @@ from torch import Tensor
 
 from schoolhouse.errors import MeshError
 from schoolhouse.parallel.mesh import Mesh
-from schoolhouse.types import UNSUPERVISED, MicroBatch, Vision
+from schoolhouse.types import UNSUPERVISED, MicroBatch
 
 
 def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
     """This process's part [1, S / U] of a micro-batch; `boundaries` stay those of the whole, padded sequence.
 
-    The sequence is padded to a multiple of U by an example of its own that nothing is learnt from. Of a micro-batch for
-    a model that sees, the images are shared out; the model itself exchanges their features, puts them into the
-    embeddings of the whole sequence, and takes this process's part of these.
+    The sequence is padded to a multiple of U by an example of its own that nothing is learnt from. Where a model sees,
+    each process has the pixels of its share of the images; the model itself exchanges their features, puts them into
+    the embeddings of the whole sequence, and takes this process's part of these.
     """
     if mesh.ulysses == 1:
         return micro
@@ -51,35 +51,12 @@ def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
     ids, positions, vision = part(micro.input_ids, 0), padded[..., start : start + length], micro.vision
     if vision is not None:  # features go into their places first: every process sees all tokens
         ids, positions = torch.nn.functional.pad(micro.input_ids, (0, missing)), padded
-        vision = dataclasses.replace(_shared_out(vision, mesh), part=(start, length))
+        vision = dataclasses.replace(vision, part=(start, length))
     return dataclasses.replace(
         micro, input_ids=ids, labels=part(micro.labels, UNSUPERVISED), vision=vision,
         weights=part(micro.weights, 0), positions=positions,
         boundaries=(*micro.boundaries, whole + missing) if missing else micro.boundaries, targets=inside - start,
     )
-
-
-def _shared_out(vision: Vision, mesh: Mesh) -> Vision:
-    """The images of a micro-batch with the pixels of this process's share of them."""
-    if not vision.real:
-        return vision
-    patches = vision.grid.prod(1).tolist()
-    shared = shares(patches, mesh.ulysses)
-    # as many rows as patches, or one for each of images that all have as many
-    pixels = vision.pixels.split([one * len(vision.pixels) // sum(patches) for one in patches])
-    own = [pixels[image] for image in shared[mesh.ulysses_rank]]
-    return dataclasses.replace(vision, pixels=torch.cat([vision.pixels[:0], *own]), shares=shared)
-
-
-def shares(costs: Sequence[int], degree: int) -> tuple[tuple[int, ...], ...]:
-    """Which images each of `degree` processes encodes: the dearest first, each to the one that has least to do."""
-    taken: list[list[int]] = [[] for _ in range(degree)]
-    loads = [0] * degree
-    for image in sorted(range(len(costs)), key=lambda one: -costs[one]):
-        least = loads.index(min(loads))
-        taken[least].append(image)
-        loads[least] += costs[image]
-    return tuple(tuple(sorted(images)) for images in taken)
 
 
 def refuse_heads(heads: int, degree: int) -> None:
