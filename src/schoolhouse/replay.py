@@ -96,5 +96,5 @@ def _blame(run: Run, step: Step) -> Iterator[str]:
         norm = float(run.optimizer.clip())
         run.optimizer.forget()
         told = "finite" if math.isfinite(loss) and math.isfinite(norm) else "NOT FINITE"
-        rows = ", ".join(str(run.store[index].origin) for index in micro.pack[:8])
+        rows = ", ".join(str(run.store.origin(index)) for index in micro.pack[:8])
         yield f"{told}: loss {loss}, gradient norm {norm}: {rows}{' …' if len(micro.pack) > 8 else ''}"

@@ -112,7 +112,7 @@ class _NamingRows:
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            rows = [str(self._run.store[index].origin) for micro in self._step.micro_batches for index in micro.pack]
+            rows = [str(self._run.store.origin(index)) for micro in self._step.micro_batches for index in micro.pack]
             more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
             error.add_note(f"at step {self._step.index}, in the rows {', '.join(rows[:NAMED_ROWS])}{more}")
 
@@ -152,7 +152,7 @@ def _skip_or_stop(run: Run, step: Step, loss: float, norm: float) -> None:
 
     Both numbers are sums over all processes, so all of them come here, in the same step.
     """
-    rows = [str(run.store[index].origin) for pack in step.planned.packs for index in pack]
+    rows = [str(run.store.origin(index)) for pack in step.planned.packs for index in pack]
     _write_bad_step(run, step, loss, norm, rows)
     allowed = run.recipe.train.skips
     if run.skipped < allowed:

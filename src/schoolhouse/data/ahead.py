@@ -64,7 +64,7 @@ def shares(costs: Sequence[int], degree: int) -> tuple[tuple[int, ...], ...]:
 
 def of_pack(store: Store, pack: Pack, sight: Sight, share: Share = WHOLE) -> torch.Tensor | None:
     """The pixels of a pack's images, or of this process's share of them: then perhaps of none."""
-    shown = [(picture, str(store[one].origin)) for one in pack for picture in store.pictures(one)]
+    shown = [(picture, str(store.origin(one))) for one in pack for picture in store.pictures(one)]
     rank, degree = share
     if degree == 1 or not shown:
         return pixels(sight, shown)
@@ -109,7 +109,7 @@ def _received(made: Iterator, store: Store, pack: Pack) -> torch.Tensor | None:
     try:
         seen = next(made)
     except RuntimeError as error:  # what torch raises for a worker that was killed
-        rows = ", ".join(str(store[one].origin) for one in pack[:4])
+        rows = ", ".join(str(store.origin(one)) for one in pack[:4])
         raise DataError(
             f"a process that decodes images died: {' '.join(str(error).split()):.120}", where=rows,
             required="workers that live, and memory for them", remedy="look for what killed it (memory?) and run again",

@@ -24,10 +24,10 @@ def steps(
     """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them, images decoded ahead:
     those of this process's share where several work on one pack."""
     assert plan.ranks % ranks == 0, "every rank computes equally many packs"
-    packs = (pack for index in range(first, last + 1) for pack in plan.step(index).packs[rank::ranks])
+    every, coming = itertools.tee(map(plan.step, range(first, last + 1)))
+    packs = (pack for planned in coming for pack in planned.packs[rank::ranks])
     seen = pixels(store, packs, sight, -(-plan.examples // ranks), device, share)
-    for index in range(first, last + 1):
-        planned = plan.step(index)
+    for planned in every:
         mine = planned.packs[rank::ranks]
         yield Step(planned, [micro_batch(store, pack, device, sight, next(seen), share[1]) for pack in mine])
 
@@ -50,12 +50,11 @@ def micro_batch(
     processes; an empty pack is one token that teaches nothing."""
     if not pack:
         return _empty(device, sight)
-    examples = [store[index] for index in pack]
-    lengths = [len(example.input_ids) for example in examples]
-    weights = np.concatenate([example.weights for example in examples])
+    ids, labels, weights = map(np.concatenate, zip(*map(store.tokens, pack), strict=True))
+    lengths = store.lengths[list(pack)].tolist()
     return MicroBatch(
-        input_ids=_row(np.concatenate([example.input_ids for example in examples]).astype(np.int64), device),
-        labels=_row(np.concatenate([example.labels for example in examples]).astype(np.int64), device),
+        input_ids=_row(ids.astype(np.int64), device),
+        labels=_row(labels.astype(np.int64), device),
         weights=_row(weights, device),
         positions=_positions(store, pack, lengths, device, sight),
         boundaries=tuple(itertools.accumulate(lengths, initial=0)),
@@ -72,7 +71,7 @@ def _positions(
     """i64[1, S], or i64[3, 1, S] for a model that places its visual tokens in a grid."""
     if sight is None or not sight.family.placed_by_grid:
         return _row(np.concatenate([np.arange(length) for length in lengths]), device)
-    placed = [sight.positions(store[one].input_ids, store.grids(one)) for one in pack]
+    placed = [sight.positions(store.tokens(one)[0], store.grids(one)) for one in pack]
     return torch.from_numpy(np.concatenate(placed, axis=1)).unsqueeze(1).to(device)
 
 

@@ -59,11 +59,18 @@ class Store:
 
     def __getitem__(self, index: int) -> Example:
         """Example `index`; its arrays are views of the map."""
+        return Example(*self.tokens(index), self.origin(index), self.pictures(index))
+
+    def tokens(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, labels and weights of an example, without its images."""
         end = int(self.ends[index])
         start = end - int(self.arrays["lengths"][index])
-        origin = Origin(self.source_names[self.arrays["sources"][index]], int(self.arrays["rows"][index]))
         ids, labels, weights = (self.arrays[name][start:end] for name in PER_TOKEN)
-        return Example(ids, labels, weights, origin, self.pictures(index))
+        return ids, labels, weights
+
+    def origin(self, index: int) -> Origin:
+        """Where an example came from."""
+        return Origin(self.source_names[self.arrays["sources"][index]], int(self.arrays["rows"][index]))
 
     def pictures(self, index: int) -> tuple[Picture, ...]:
         """The images of an example, in order."""
@@ -214,4 +221,6 @@ def _file(directory: Path, name: str) -> Path:
 
 def _map(path: Path, kind: Any) -> np.ndarray:
     """The array in a file; an empty file cannot be mapped and is an empty array."""
-    return np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.zeros(0, dtype=kind)
+    if not path.stat().st_size:
+        return np.zeros(0, dtype=kind)
+    return np.asarray(np.memmap(path, dtype=kind, mode="r"))  # a memmap's own slices cost ten times an array's
