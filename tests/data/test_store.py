@@ -120,7 +120,7 @@ def test_a_cut_file_is_noticed(tmp_path: Path, name: str) -> None:
 def test_the_store_is_mapped_and_cannot_be_written(tmp_path: Path) -> None:
     """Every process reads the same pages; none can change what the others train."""
     kept = write(tmp_path, [[a_row(5, 1, np.random.default_rng(0))]])
-    assert isinstance(kept.arrays["input_ids"], np.memmap)
+    assert isinstance(kept.arrays["input_ids"].base, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         kept[0].input_ids[0] = 7
 
