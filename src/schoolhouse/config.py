@@ -207,7 +207,7 @@ class Batch(Section):
     """Examples in one optimizer step, over all processes."""
     tokens: CountOrAuto = 8192
     """The most tokens in one micro-batch: a hard limit on memory, without influence on the result.
-    `parallel.ulysses` processes share one. `auto` (one process; needs data.max_tokens) finds the largest that fits."""
+    `parallel.ulysses` processes share one. `auto` (needs data.max_tokens) finds the largest that fits."""
 
 
 class Train(Section):

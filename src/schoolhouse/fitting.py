@@ -5,9 +5,11 @@ A run that would not fit ends in its first minute with a number to set, and not 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +21,7 @@ from schoolhouse.data import loader
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
-from schoolhouse.errors import MemoryFault, MeshError
+from schoolhouse.errors import MemoryFault
 from schoolhouse.model.load import Student
 from schoolhouse.model.teaching import Drawn
 from schoolhouse.optim import Optimizer
@@ -27,6 +29,9 @@ from schoolhouse.parallel import fsdp
 
 CPU_SAYS = ("can't allocate memory", "could not create a memory object")
 """What torch and oneDNN say on a CPU, where torch has no exception of its own."""
+
+USABLE = 0.9
+"""The share of free memory on which several processes count before they try; the rest is for splinters and others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +76,16 @@ class DoesNotFitError(Exception):
     """The allocator refused."""
 
 
-def refuse_too_large(rehearsal: Rehearsal, plan: Plan) -> None:
-    """Raises MemoryFault, with a size that would fit, where the heaviest micro-batch of the plan does not."""
+def refuse_too_large(rehearsal: Rehearsal, plan: Plan, known: int | None = None) -> None:
+    """Raises MemoryFault, with a size that would fit, where the heaviest micro-batch of the plan does not.
+
+    `known` is a smaller `batch.tokens` that did.
+    """
     try:
         rehearsal.attempt(plan)
     except DoesNotFitError as error:
         longest = int(plan.lengths.max())
-        fits = _what_fits(rehearsal, plan) if rehearsal.student.mesh.world == 1 else None
+        fits = known or (_what_fits(rehearsal, plan) if rehearsal.student.mesh.world == 1 else None)
         raise MemoryFault(
             f"a micro-batch of {plan.tokens} tokens does not fit: {error}",
             required=f"memory for forward, backward and update; the longest example has {longest} tokens",
@@ -90,22 +98,39 @@ def refuse_too_large(rehearsal: Rehearsal, plan: Plan) -> None:
 def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
     """The plan with the largest micro-batches that fit: 1, 1.5, 2, 3, 4, 6, … times `data.max_tokens`.
 
-    The plan given has the smallest. One that holds a whole step is the largest that makes a difference.
+    The plan given has the smallest. One that holds a whole step is the largest that makes a difference. One process
+    tries until it is refused. Of several, one that is refused would be the end of all: they try what all have room for
+    by what the size before took, in proportion, which is more than it will take.
     """
-    if rehearsal.student.mesh.world > 1:
-        raise MeshError(
-            "batch.tokens=auto with several processes: one that runs out of memory leaves the others waiting",
-            required="a number, the same for all processes", where="batch.tokens",
-            remedy="find it with one process (`run` says it in its table), or lower it until the rehearsal passes",
-        )
+    student = rehearsal.student
+    held = memory.begin_peak(student.device)
     refuse_too_large(rehearsal, plan)
     whole_step = int(np.sort(plan.lengths)[-plan.examples :].sum())
     for tokens in _sizes(plan.tokens, whole_step):
         larger = dataclasses.replace(plan, tokens=tokens)
-        if not rehearsal.fits(larger):
+        if student.mesh.world > 1:
+            if not _all_have_room(student, held, tokens / plan.tokens):
+                break
+            refuse_too_large(rehearsal, larger, known=plan.tokens)
+        elif not rehearsal.fits(larger):
             break
         plan = larger
     return plan
+
+
+def _all_have_room(student: Student, held: int, ratio: float) -> bool:
+    """Whether every process has room for `ratio` times what the last size took beyond `held`; one answer for all."""
+    device, mesh = student.device, student.mesh
+    most = memory.peak(device) - held
+    _free()
+    now = memory.begin_peak(device)
+    mesh.barrier()  # before anybody looks at what is free, all have ended the last try
+    place = f"{socket.gethostname()} {device.type} {device.index if device.type != 'cpu' else ''}"
+    said = mesh.gather([place, held + most * ratio - now, memory.room(device)])
+    needed: dict[str, float] = collections.Counter()
+    for name, more, _ in said:
+        needed[name] += max(0.0, more)
+    return all(free is not None and needed[name] <= USABLE * free for name, _, free in said)
 
 
 def _sizes(smallest: int, enough: int) -> Iterator[int]:

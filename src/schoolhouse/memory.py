@@ -22,6 +22,31 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def begin_peak(device: torch.device) -> int:
+    """Look for a peak anew; the bytes that are held now: of the accelerator, else resident in main memory."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        return torch.accelerator.memory_reserved(device)
+    with contextlib.suppress(OSError):  # elsewhere the peak is that since the start: as high, or higher
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return peak(device)
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that were held since `begin_peak`."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_reserved(device)
+    if not MEMINFO.is_file():
+        return int(peak_gib() * 2**30)
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def room(device: torch.device) -> int | None:
+    """Bytes that may still be taken; None where nothing says."""
+    return available() if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
+
+
 def available() -> int | None:
     """Bytes of main memory that are free for this process: of the machine, and of its control group; Linux only."""
     if not MEMINFO.is_file():

@@ -141,6 +141,41 @@ def test_f14_one_rank_without_memory_ends_all(page: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+MEETS = """\
+import os
+from schoolhouse import fitting, memory
+if os.environ.get("RANK") == "1":
+    memory.available = lambda: {megabytes} << 20
+tried = fitting.Rehearsal.attempt
+def attempt(self, plan):
+    with open("{log}." + os.environ.get("RANK", "0"), "a") as file:
+        file.write(str(plan.tokens) + " ")
+    tried(self, plan)
+    assert memory.peak(self.student.device) > 100 << 20
+fitting.Rehearsal.attempt = attempt
+"""
+
+
+def test_f14_auto_with_two_processes_stops_before_one_is_refused(page: Path, tmp_path: Path) -> None:
+    """The one with little memory decides for both; neither tries what the other has no room for; the losses are those
+    of any other size. With none to spare they stay at the smallest, with much they hold a whole step.
+    """
+    auto = (*WIDE, "batch.examples=60", "batch.tokens=auto", "data.max_tokens=120", "data.limit=null",
+            "data.train=starter/arithmetic", "--nproc", "2")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    found = {}
+    for megabytes in (64, 320, 4096):
+        log, run = tmp_path / f"tried-{megabytes}", tmp_path / f"run-{megabytes}"
+        (tmp_path / "sitecustomize.py").write_text(MEETS.format(megabytes=megabytes, log=log))
+        program("run", page, f"directory={run}", *auto, env={**os.environ, "PYTHONPATH": path})
+        tried = [(tmp_path / f"{log.name}.{rank}").read_text() for rank in (0, 1)]
+        assert tried[0] == tried[1]
+        found[megabytes] = json.loads((run / "run.json").read_text())["derived"]["micro_batch"]
+    assert 120 <= found[64] < found[320] < found[4096], found
+    losses = [[one["loss"] for one in steps_of(tmp_path / f"run-{size}")] for size in found]
+    assert losses[1] == pytest.approx(losses[0], rel=0, abs=1e-6) == losses[2]
+
+
 @pytest.mark.parametrize(("words", "within"), [
     ((), 0.0), (("model.precision=bfloat16",), 0.0), (("optim.name=muon",), 0.01), (("lora.rank=4",), 0.12),
 ])
