@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from schoolhouse import __version__
+from schoolhouse import __version__, inert
 from schoolhouse.errors import PeerError, SchoolhouseError, Stopped
 from schoolhouse.parallel import launch
 
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.update({**ENVIRONMENT, **PAGES, **spins, **os.environ})
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
+    if options.trust_remote_code:
+        inert.allow()
     from schoolhouse import commands
 
     sys.path.insert(0, str(Path.cwd()))  # where a user's own `module:function` is looked for, as with `python -m`
@@ -84,7 +86,8 @@ def parser() -> argparse.ArgumentParser:
         prog="schoolhouse", description="Supervised fine-tuning that can be proved: from a raw row to an exam result."
     )
     top.add_argument("--version", action="version", version=__version__)
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top.set_defaults(debug=False, trust_remote_code=False)
+    _everywhere(top)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = _with_recipe(commands, "run", "train; continues by itself where the directory holds an unfinished run")
     run.add_argument("--rehearse", action="store_true", help="the whole way in miniature, on a CPU, without a network")
@@ -130,7 +133,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: argparse._SubParsersAction, name: str, does: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, allow_abbrev=False, help=does, description=does[0].upper() + does[1:] + ".")
+    command = commands.add_parser(name, allow_abbrev=False, help=does, description=does[0].upper() + does[1:] + ".")
+    _everywhere(command)
+    return command
+
+
+def _everywhere(command: argparse.ArgumentParser) -> None:
+    """What may stand before a command and after it."""
+    command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+                         help="show the traceback of an error")
+    command.add_argument(inert.OPTION, action="store_true", default=argparse.SUPPRESS,
+                         help="run the Python code that the model brings, as you, with all you may do: read it first")
 
 
 def _with_recipe(commands: argparse._SubParsersAction, name: str, does: str) -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from schoolhouse import inert
 from schoolhouse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def build(base: Path, tokens: Sequence[str], directory: Path) -> None:
     """
     from transformers import AddedToken, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=inert.allowed())
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     if known:
         raise ConfigError(
@@ -60,7 +61,7 @@ def _enlarged(base: Path, tokenizer: PreTrainedTokenizerFast, words: int) -> Pre
 
     sees = "vision_config" in json.loads((base / "config.json").read_text(encoding="utf-8"))
     model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
-        base, dtype="auto", trust_remote_code=False, use_safetensors=True, local_files_only=True
+        base, dtype="auto", trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True
     )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

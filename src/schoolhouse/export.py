@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from schoolhouse import inert
 from schoolhouse.config import Lora
 from schoolhouse.data.served import Served
 from schoolhouse.errors import CheckpointError, ConfigError
@@ -215,7 +216,9 @@ def _write_whole(base: Path, adapters: Mapping[str, Adapted], trained: Trained, 
 
 
 def _write_beside(base: Path, served: Served, place: Path) -> None:
-    """Tokenizer, chat template, the stop tokens in the generation settings, and the base's other settings."""
+    """Tokenizer, chat template, the stop tokens in the generation settings, and the base's other settings and code."""
+    for name in inert.code(base):
+        shutil.copy(base / name, place / name)
     served.tokenizer.chat_template = served.template.source
     served.tokenizer.save_pretrained(place)
     path = base / "generation_config.json"

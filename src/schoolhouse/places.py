@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
+from schoolhouse import inert
 from schoolhouse.config import Model
-from schoolhouse.errors import CheckpointError, ConfigError, SafetyError
+from schoolhouse.errors import CheckpointError, ConfigError
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".mdl")
-"""Endings of weights that are read by pickle."""
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "chat_templates/*")
-"""What is fetched of a hub model: never a pickle, never code."""
+"""What is fetched of a hub model: never a pickle; code only where the command line allows it."""
 
 
 def cache_directory(setting: str | None = None) -> Path:
@@ -65,56 +61,8 @@ def model_directory(path: str, revision: str | None = None) -> Path:
                 f"{path} holds no model", required="a directory with config.json and tokenizer files",
                 where="model.path", remedy="name the directory that holds config.json",
             )
-        return inert(local)
-    return inert(_snapshot(path, revision))
-
-
-def inert(directory: Path) -> Path:
-    """The directory, if loading its model runs nothing of its author; raises SafetyError. Starter students are ours.
-
-    transformers is asked not to run code of a model. But it has read some of these keys all the same: CVE-2026-4372
-    (`_attn_implementation_internal`), CVE-2026-5241 (`trust_remote_code` of an inner configuration), and CVE-2026-93348
-    was a `model_type` with a line break, written into a program.
-    """
-    for path in sorted(directory.glob("*.json")):
-        try:
-            found = json.loads(path.read_bytes())
-        except ValueError:
-            continue  # who reads it says what is wrong with it
-        if path.name.endswith("config.json"):
-            _refuse_keys(found, path)
-    weights = {path.suffix for path in directory.iterdir()}
-    if ".safetensors" not in weights and weights & set(PICKLES):
-        raise SafetyError(
-            "the weights are a pickle, which runs what its author wrote when it is read", required="safetensors",
-            where=str(directory), remedy="convert them where nothing can be lost, or take another copy of the model",
-        )
-    return directory
-
-
-def refuse_own_code(error: Exception, directory: Path) -> None:
-    """Raises SafetyError where transformers did not load something because that would run code of the model."""
-    if "trust_remote_code" in str(error):
-        raise SafetyError(
-            "the model brings code of its own, which is never run here", required="a model that transformers knows",
-            where=str(directory), remedy="take a version of it that needs no code, or a newer transformers",
-        ) from None
-
-
-def _refuse_keys(value: Any, path: Path) -> None:
-    """Look through a configuration and the configurations in it."""
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _refuse_keys(inner, path)
-    if not isinstance(value, dict):
-        return
-    bad = [key for key in ("_attn_implementation_internal", "trust_remote_code") if key in value]
-    if not re.fullmatch(r"[\w.-]*", str(value.get("model_type") or ""), re.ASCII):
-        bad.append("model_type")
-    if bad:
-        raise SafetyError(
-            f"the model's configuration has {bad[0]}: {str(value[bad[0]])!r:.100}", required="a plain description",
-            where=str(path), remedy="do not use this model, or remove the key if you know what it is for",
-        )
+        return inert.checked(local)
+    return inert.checked(_snapshot(path, revision))
 
 
 def directory_of(settings: Model) -> Path:
@@ -140,8 +88,9 @@ def _snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    wanted = [*MODEL_FILES, *([f"*{inert.CODE}"] if inert.allowed() else [])]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from schoolhouse import export
+from schoolhouse import export, inert
 from schoolhouse.data import ahead
 from schoolhouse.data.served import Served
 from schoolhouse.data.vision import Sight
@@ -136,7 +136,7 @@ def _divergence(one: Tensor, other: Tensor) -> float:
 
 
 def _tokens(served: Served, prompt: str, place: Path) -> Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=inert.allowed())
     if tokenizer.chat_template != served.template.source:
         raise _differs("chat template", "", place)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]

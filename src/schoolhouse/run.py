@@ -8,7 +8,7 @@ import datetime
 import itertools
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import schoolhouse
-from schoolhouse import checkpoint, evaluate, fitting, graders, optim, overview, places, room, saving
+from schoolhouse import checkpoint, evaluate, fitting, graders, inert, optim, overview, places, room, saving
 from schoolhouse import recipe as recipes
 from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Recipe
@@ -177,6 +177,8 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
         screen.say(f"changed: {change}")
         record.event("setting changed", change=change)
     directory = places.directory_of(recipe.model)
+    code = inert.code(directory)
+    _refuse_other_code(previous, code, record.directory)
     today = datetime.date.fromisoformat(previous["date"]) if previous else datetime.date.today()
     serving, rules = served.serving(recipe.model, directory, today), served.rules(recipe)
     store, validation = overview.stores(recipe, serving, screen)
@@ -195,7 +197,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
         recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
         plan, steps, saver, flops.work(student.model), flops.rate(student.device, recipe.model.precision) * mesh.world,
     )
-    run.info = _info(run, path, today, proof.difference)
+    run.info = _info(run, path, today, proof.difference, code)
     run.info["seconds"] = previous.get("seconds", 0.0)
     found = _newest(run, back.strict)
     _describe(run, recipe, rules)
@@ -283,7 +285,9 @@ def _describe(run: Run, recipe: Recipe, rules: served.Rules) -> None:
     run.screen.table("in force", [(row["what"], row["value"]) for row in run.info["in_force"]])
 
 
-def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict[str, Any]:
+def _info(
+    run: Run, path: Path, today: datetime.date, difference: float, code: Mapping[str, str]
+) -> dict[str, Any]:
     model, plan, recipe = run.student.model, run.plan, run.recipe
     parameters = sum(one.numel() for one in model.parameters())
     trainable = sum(one.numel() for one in model.parameters() if one.requires_grad)
@@ -310,10 +314,12 @@ def _info(run: Run, path: Path, today: datetime.date, difference: float) -> dict
         "device": str(run.student.device),
         "layout": spread.in_force(run.student),
         "directory": str(run.record.directory),
+        **{f"code of the model's author: {name}": f"sha256 {digest}" for name, digest in code.items()},
     }
     return {
         "recipe": recipe.model_dump(mode="json"), "recipe_path": str(path), "date": today.isoformat(),
-        "derived": derived, "in_force": [{"what": name, "value": value} for name, value in in_force.items()],
+        "derived": derived, "code": code,
+        "in_force": [{"what": name, "value": value} for name, value in in_force.items()],
         "versions": {
             "schoolhouse": schoolhouse.__version__, "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "numpy": np.__version__,
@@ -333,6 +339,18 @@ def _refuse_what_cannot_change(recipe: Recipe, allowed: Sequence[str]) -> None:
                 required=f"a setting below {', '.join(CHANGEABLE)} that keeps the moments and the order of the data",
                 where="command line", remedy="set directory=… to start a new run with it",
             )
+
+
+def _refuse_other_code(previous: dict[str, Any], code: Mapping[str, str], directory: Path) -> None:
+    """A run whose model's code is another, or is not run any more, is not the one that began."""
+    before = previous.get("code", {}) if previous else code
+    changed = sorted(name for name in {**before, **code} if before.get(name) != code.get(name))
+    if changed:
+        raise ConfigError(
+            f"the model's code is not that with which the run began: {', '.join(changed[:5])}",
+            required=f"the same files, and {inert.OPTION} or not as before", where=str(directory),
+            remedy="put them back, or start anew with another directory=…",
+        )
 
 
 def _changes(recipe: Recipe, previous: dict[str, Any], directory: Path, allowed: Sequence[str]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_run import here, write_recipe
+from test_run import here, program, write_recipe
 
 from schoolhouse import places
 from schoolhouse.config import Model
@@ -58,6 +60,71 @@ def test_f22_code_and_pickles_of_a_model_leave_no_trace(tmp_path: Path, capsys) 
     here("run", page, f"directory={tmp_path / 'run'}", f"model={model}", code=8)
     said = capsys.readouterr().err
     assert "code of its own" in said and not trace.exists() and "Traceback" not in said
+
+
+OWN = """\
+import os
+from pathlib import Path
+
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+Path({trace!r}).open("a").write(f"{{os.getpid()}}\\n")
+
+
+class OwnConfig(Qwen3Config):
+    model_type = "own"
+
+
+class OwnModel(Qwen3ForCausalLM):
+    config_class = OwnConfig
+"""
+ALLOWED = "--trust-remote-code"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A model whose configuration and architecture are its author's code, which leaves a trace where it runs."""
+    model = tmp_path / "own-model"
+    shutil.copytree(places.model_directory("starter/qwen3"), model)
+    (model / "own.py").write_text(OWN.format(trace=str(tmp_path / "trace")))
+    settings = json.loads((model / "config.json").read_text())
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    settings |= {"model_type": "own", "auto_map": code, "architectures": ["OwnModel"]}
+    (model / "config.json").write_text(json.dumps(settings))
+    return model
+
+
+def test_f22_only_the_command_line_runs_code_of_a_model(own: Path, tmp_path: Path) -> None:
+    """Refused without the option, whatever the environment says; with it, said with the file and its SHA-256 before it
+    runs, kept in the run, and enough for training on two processes, going on, exam, and a proved export. Code that
+    changed, or is not allowed any more, is another run.
+    """
+    page, run, trace = write_recipe(tmp_path), tmp_path / "run", tmp_path / "trace"
+    words = [str(page), f"directory={run}", f"model={own}", "train.steps=2", "exam.every=0"]
+    environment = os.environ | {"TRUST_REMOTE_CODE": "1", "HF_HUB_TRUST_REMOTE_CODE": "1",
+                                "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    refused = program("run", *words, code=8, env=environment)
+    assert ALLOWED in refused.stderr and not trace.exists() and len(refused.stderr.splitlines()) <= 6
+    digest = hashlib.sha256((own / "own.py").read_bytes()).hexdigest()
+    done = program("run", *words, ALLOWED, "--nproc", "2", env=environment)
+    assert trace.exists() and done.stderr.count(f"runs {own / 'own.py'} (sha256 {digest})") <= 2
+    assert json.loads((run / "run.json").read_text())["code"] == {"own.py": digest}
+    longer = [*words, "train.steps=4", "--allow-change", "train.steps"]
+    assert ALLOWED in program("run", *longer, code=2, env=environment).stderr
+    program("run", *longer, ALLOWED, env=environment)
+    out = program(ALLOWED, "export", run, env=environment).stdout
+    assert "identical logits" in out and (run / "export" / "own.py").read_bytes() == (own / "own.py").read_bytes()
+    (own / "own.py").write_text((own / "own.py").read_text() + "# another line\n")
+    changed = program("run", *longer, ALLOWED, code=2, env=environment)
+    assert "code is not that with which the run began: own.py" in changed.stderr
+
+
+def test_f22_code_of_another_repository_is_never_run(own: Path, tmp_path: Path) -> None:
+    settings = json.loads((own / "config.json").read_text())
+    settings["auto_map"]["AutoConfig"] = "somebody/else--own.OwnConfig"
+    (own / "config.json").write_text(json.dumps(settings))
+    said = program("run", write_recipe(tmp_path), f"directory={tmp_path / 'run'}", f"model={own}", ALLOWED, code=8)
+    assert "auto_map" in said.stderr and not (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize("bad", [

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from schoolhouse import orphans, places
+from schoolhouse import inert, orphans, places
 from schoolhouse.config import Data, Rows, Source
 from schoolhouse.data import account, bounds, choose, formats, images, served, sources, store, tokens, vision
 from schoolhouse.data.account import Tally
@@ -129,7 +129,8 @@ def _map(work: Callable[[Chunk], Any], chunks: Iterator[Chunk], workers: int) ->
         yield from map(work, itertools.chain(first, chunks))
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of torch and of tokenizers
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_alone) as pool:
+    trusting = (inert.allowed(),)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_alone, initargs=trusting) as pool:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
             for chunk in itertools.chain(first, chunks):
@@ -142,10 +143,12 @@ def _map(work: Callable[[Chunk], Any], chunks: Iterator[Chunk], workers: int) ->
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _alone() -> None:
+def _alone(trusting: bool) -> None:
     """One thread a worker: the processes are the parallelism. None outlives the process that waits for its work."""
     orphans.live_no_longer_than(multiprocessing.parent_process().pid)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if trusting:
+        inert.allow()
     gc.disable()  # each chunk is followed by a collection
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from schoolhouse import places
+from schoolhouse import inert
 from schoolhouse.data import pieces, words
 from schoolhouse.errors import ConfigError, DataError
 from schoolhouse.types import Turn
@@ -39,13 +39,13 @@ class Stops:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, from files only; code that comes with a model is never run."""
+    """The model's own tokenizer, from files only."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=inert.allowed(), local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        places.refuse_own_code(error, directory)
+        inert.refuse_code(error, directory)
         raise ConfigError(
             f"the tokenizer does not load: {str(error).splitlines()[0]:.200}",
             required="tokenizer files that transformers loads without remote code",

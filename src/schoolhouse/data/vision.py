@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from schoolhouse import places
+from schoolhouse import inert
 from schoolhouse.data import pictures
 from schoolhouse.data.eyes import Grids, Squares
 from schoolhouse.errors import ConfigError, DataError
@@ -220,7 +220,7 @@ def sight(
     family = FAMILIES.get(name)
     if family is None:
         return None
-    configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=inert.allowed())
     token = tokenizer.convert_tokens_to_ids(family.visual)
     if configuration.image_token_id != token:
         raise ConfigError(
@@ -277,7 +277,7 @@ def _processor(directory: Path) -> BaseImageProcessor:
             directory, backend="pil", trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
-        places.refuse_own_code(error, directory)
+        inert.refuse_code(error, directory)
         raise ConfigError(
             f"the image processor does not load: {' '.join(str(error).split()):.160}",
             required=f"{PROCESSOR}, which belongs to a model that sees", where=str(directory),

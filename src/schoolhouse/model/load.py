@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from schoolhouse import loss, places
+from schoolhouse import inert, loss
 from schoolhouse.config import Lora, Model
 from schoolhouse.data import ahead
 from schoolhouse.data.vision import Sight
@@ -146,10 +146,10 @@ def load(
     try:
         model, found = sight.loader(directory).from_pretrained(
             directory, dtype=number, attn_implementation=sight.attentions(directory, attention.NAME),
-            trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True,
+            trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True, output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
-        places.refuse_own_code(error, directory)
+        inert.refuse_code(error, directory)
         raise ModelError(
             f"the model does not load: {' '.join(str(error).split())[:200]}",
             required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
@@ -186,15 +186,15 @@ def _refuse_missing(directory: Path, names: Collection[str]) -> None:
 def plain(directory: Path) -> PreTrainedModel:
     """The model of a directory as transformers alone loads it, in the number format of its files."""
     return sight.loader(directory).from_pretrained(
-        directory, dtype="auto", trust_remote_code=False, use_safetensors=True, local_files_only=True
+        directory, dtype="auto", trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True
     )
 
 
 def skeleton(directory: Path, adapters: Lora | None, frozen: tuple[str, ...] = ()) -> PreTrainedModel:
     """The model of a directory without its weights: names and shapes only, on the device `meta`."""
     with torch.device("meta"):
-        configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        model = sight.loader(directory).from_config(configuration, trust_remote_code=False)
+        configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=inert.allowed())
+        model = sight.loader(directory).from_config(configuration, trust_remote_code=inert.allowed())
         sight.freeze(model, frozen)
         if adapters is not None:
             lora.inject(model, adapters)

@@ -8,6 +8,7 @@ import safetensors
 import torch
 from transformers import AutoConfig
 
+from schoolhouse import inert
 from schoolhouse.config import Recipe
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MeshError
@@ -67,7 +68,7 @@ def stored(directory: Path) -> torch.dtype:
 
 def _refuse(directory: Path, mesh: Mesh) -> None:
     """Raise MeshError for a Ulysses degree that cannot work, before any weight is read."""
-    configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=inert.allowed())
     settings = configuration.get_text_config().to_dict()
     if mesh.ulysses > 1:
         ulysses.refuse_heads(settings.get("num_attention_heads") or 1, mesh.ulysses)

@@ -18,7 +18,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from schoolhouse import places
+from schoolhouse import inert, places
 from schoolhouse.model import load, sight
 
 INDEX = "model.safetensors.index.json"
@@ -57,8 +57,8 @@ def _names(directory: Path) -> set[str]:
 def _build(directory: Path, number: torch.dtype, kept: Iterable[str], staging: Path) -> None:
     """Write stacked tensors, a file each, and beside them what is kept of each file, with an index of all."""
     sight.loader(directory).from_pretrained(
-        directory, dtype=number, device_map={"": "disk"}, offload_folder=staging / OFFLOADED, trust_remote_code=False,
-        use_safetensors=True, local_files_only=True,
+        directory, dtype=number, device_map={"": "disk"}, offload_folder=staging / OFFLOADED,
+        trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True,
     )
     files: dict[str, str] = {}
     for path in sorted((staging / OFFLOADED).glob("*.safetensors")):
