@@ -54,7 +54,7 @@ class Rehearsal:
 
     def attempt(self, plan: Plan) -> None:
         """One update with each of them, with the learning rate 0, which moves no weight; raises DoesNotFitError."""
-        for pack in heaviest_packs(plan):
+        for pack in heaviest_packs(plan, self.store.largest_image):
             with _refused_memory(), memory.capped(self.student.device):
                 try:
                     self._update(pack)
@@ -144,19 +144,25 @@ def _sizes(smallest: int, enough: int) -> Iterator[int]:
             yield last
 
 
-def heaviest_packs(plan: Plan) -> list[tuple[int, ...]]:
-    """The heaviest pack that a step can hold, by its tokens, and by the patches of its images where there are any."""
-    by_tokens = heaviest(plan, plan.lengths)
-    if plan.patches is None or not plan.patches.any():
-        return [by_tokens]
-    return list(dict.fromkeys([by_tokens, heaviest(plan, plan.patches)]))
+def heaviest_packs(plan: Plan, images: np.ndarray) -> list[tuple[int, ...]]:
+    """The heaviest pack of tokens that a step can hold, and of patches, of each class of images.
+
+    `images` i64[examples] are the patches of each one's largest image; sizes less than a doubling apart are a class. A
+    pack of one large image and one of many small ones take their memory in other pieces, and in other layers.
+    """
+    found = [heaviest(plan, plan.lengths)]
+    if plan.patches is not None and plan.patches.any():
+        classes = np.frexp(images)[1]
+        found.append(heaviest(plan, plan.patches))
+        found += [heaviest(plan, np.where(classes == one, plan.patches, 0)) for one in np.unique(classes[images > 0])]
+    return list(dict.fromkeys(found))
 
 
 def heaviest(plan: Plan, weights: np.ndarray) -> tuple[int, ...]:
-    """The heaviest example, then each next heaviest that finds room in `batch.tokens`."""
+    """The heaviest example, then each next heaviest that finds room in `batch.tokens`; of equals, the longest."""
     pack: list[int] = []
     tokens = plan.tokens
-    for index in np.argsort(-weights, kind="stable"):
+    for index in np.lexsort((-plan.lengths, -weights)):
         if len(pack) == plan.examples:
             break
         if plan.lengths[index] <= tokens:

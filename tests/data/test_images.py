@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,20 @@ def test_the_store_keeps_references_once(model: Served, tmp_path: Path) -> None:
     assert len(kept.arrays["picture_bytes"]) == len(RED) + len(str(tmp_path / "a.png"))
     first, second = (ahead.of_pack(kept, [number], model.sight) for number in (0, 1))
     assert first.equal(second) and first.shape == (36, 384)
+
+
+def test_patches_of_an_example_are_summed_and_its_largest_image_is_found(model: Served, tmp_path: Path) -> None:
+    """Of rows with none, one and several images, in any order, from the grids of each."""
+    random = np.random.default_rng(0)
+    for number in range(4):
+        Image.new("RGB", (60 + 90 * number, 200 - 30 * number)).save(tmp_path / f"{number}.png")
+    shown = [[f"{one}.png" for one in random.integers(0, 4, random.integers(0, 4))] for _ in range(40)]
+    rows = [{"question": f"what? {'<image>' * len(names)}", "answer": "red", "images": names} for names in shown]
+    kept = prepared(model, rows, tmp_path)
+    grids = [[math.prod(grid) for grid in kept.grids(one)] for one in range(len(kept))]
+    assert len({len(one) for one in grids}) == 4 and len({size for one in grids for size in one}) == 4
+    assert kept.patches.tolist() == [sum(one) for one in grids]
+    assert kept.largest_image.tolist() == [max(one, default=0) for one in grids]
 
 
 def test_an_image_that_changed_or_went_stops_training_with_its_row(model: Served, tmp_path: Path) -> None:

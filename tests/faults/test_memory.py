@@ -67,7 +67,7 @@ def test_f14_no_step_has_a_heavier_pack() -> None:
     """The rehearsed pack holds the longest example and is at most `batch.tokens`."""
     lengths = np.random.default_rng(0).integers(1, 100, 300)
     plan = Plan(lengths, lengths.astype(float), lengths, 64, 128, 0)
-    [pack] = fitting.heaviest_packs(plan)
+    [pack] = fitting.heaviest_packs(plan, np.zeros(300, dtype=int))
     most = max(int(lengths[list(one)].sum()) for step in range(1, 200) for one in plan.step(step).packs)
     assert lengths[pack[0]] == lengths.max() and most <= int(lengths[list(pack)].sum()) <= 128
 
@@ -76,7 +76,19 @@ def test_f14_the_pack_with_the_most_patches_is_rehearsed_too() -> None:
     """An example with few tokens and a large image makes the vision tower's heaviest micro-batch."""
     lengths, patches = np.array([90, 80, 20, 10]), np.array([4, 4, 400, 0])
     plan = Plan(lengths, lengths.astype(float), lengths, 64, 100, 0, patches=patches)
-    assert fitting.heaviest_packs(plan) == [(0, 3), (2, 1)]
+    assert fitting.heaviest_packs(plan, patches)[:2] == [(0, 3), (2, 1)]
+
+
+def test_f14_a_pack_of_each_class_of_images_is_rehearsed() -> None:
+    """Whatever the largest image of an example: a pack is rehearsed that begins with the most patches of its class."""
+    random = np.random.default_rng(0)
+    lengths, largest = random.integers(20, 100, 300), random.integers(0, 3000, 300)
+    patches = largest * random.integers(1, 4, 300)
+    plan = Plan(lengths, lengths.astype(float), lengths, 64, 256, 0, patches=patches)
+    first = [pack[0] for pack in fitting.heaviest_packs(plan, largest)]
+    for index in np.flatnonzero(largest):
+        same = [one for one in first if 0 < largest[one] < 2 * largest[index] and 2 * largest[one] > largest[index]]
+        assert any(patches[one] >= patches[index] for one in same), "no image as large, and no example as heavy"
 
 
 WIDE = ("batch.examples=64", "exam.data=null", "exam.every=0", "train.steps=2")

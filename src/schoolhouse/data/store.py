@@ -107,6 +107,15 @@ class Store:
         return every[self.shown_ends] - every[self.shown_ends - self.arrays["images"]]
 
     @property
+    def largest_image(self) -> np.ndarray:
+        """i64[examples]: the patches of each example's largest image; 0 where it has none."""
+        found, images = np.zeros(len(self), dtype=np.int64), self.arrays["images"]
+        if len(self.shown_ends):
+            every = self._shapes[self.arrays["shown"], 3:6].prod(axis=1, dtype=np.int64)
+            found[images > 0] = np.maximum.reduceat(every, (self.shown_ends - images)[images > 0])
+        return found
+
+    @property
     def lengths(self) -> np.ndarray:
         """i64[examples]: the tokens T of each example."""
         return self.arrays["lengths"]
