@@ -103,12 +103,13 @@ def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
     by what the size before took, in proportion, which is more than it will take.
     """
     student = rehearsal.student
-    held = memory.begin_peak(student.device)
+    together = student.mesh.world > 1
+    held = memory.begin_peak(student.device) if together else 0
     refuse_too_large(rehearsal, plan)
     whole_step = int(np.sort(plan.lengths)[-plan.examples :].sum())
     for tokens in _sizes(plan.tokens, whole_step):
         larger = dataclasses.replace(plan, tokens=tokens)
-        if student.mesh.world > 1:
+        if together:
             if not _all_have_room(student, held, tokens / plan.tokens):
                 break
             refuse_too_large(rehearsal, larger, known=plan.tokens)

@@ -76,7 +76,7 @@ def _say(directory: Path) -> None:
     """Loudly, once: whose code may run. A hub model's directory names its repository and commit."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         for name, digest in code(directory).items():
-            print(f"{OPTION}: runs {directory / name} (sha256 {digest})", file=sys.stderr)
+            print(f"{OPTION}: may run {directory / name} (sha256 {digest})", file=sys.stderr)
 
 
 def _refuse_keys(value: Any, path: Path) -> None:
