@@ -114,6 +114,9 @@ def _bad_call(call: ast.Call) -> Iterator[str]:
         yield called
     if called == "getattr" and isinstance(call.args[1], ast.Constant):
         yield "getattr of a literal name"
+    loads = called.startswith(("Auto", "sight.loader")) and called.endswith(("_pretrained", "_config"))
+    if loads and "trust_remote_code" not in arguments:
+        yield f"{called} without trust_remote_code"
     for word, also in (("shell", ""), ("trust_remote_code", "inert.allowed()"), ("allow_pickle", "")):
         if word in arguments and ast.unparse(arguments[word]) not in ("False", also):
             yield f"{word}={ast.unparse(arguments[word])}"

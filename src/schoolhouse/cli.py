@@ -37,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.update({**ENVIRONMENT, **PAGES, **spins, **os.environ})
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
-    if options.trust_remote_code:
-        inert.allow()
+    inert.allow(options.trust_remote_code)
     from schoolhouse import commands
 
     sys.path.insert(0, str(Path.cwd()))  # where a user's own `module:function` is looked for, as with `python -m`

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from schoolhouse import inert
 from schoolhouse import recipe as recipes
 from schoolhouse.config import Recipe
 from schoolhouse.errors import ConfigError, SchoolhouseError, Stopped
@@ -68,7 +69,7 @@ def _rehearse(options: Namespace) -> None:
     planned = rehearsal.prepare(recipe, Path(options.recipe), options.nproc)
     page = str(planned.page)
     print("rehearsal:", *planned.changes, sep="\n  ")
-    said = {"recipe": page, "overrides": [], "rehearse": False, "words": ["run", page]}
+    said = {"recipe": page, "overrides": [], "rehearse": False, "words": ["run", page, *inert.words()]}
     again = Namespace(**{**vars(options), **said, "json": False, "html": None, "rows": "0:1"})
     check(again)
     show(again)
@@ -252,7 +253,8 @@ def job(options: Namespace) -> None:
     recipe = recipes.read(options.recipe, options.overrides)
     from schoolhouse import jobs
 
-    wanted = jobs.job(options.recipe, options.overrides, recipe.parallel, options.nodes, options.gpus)
+    words = [*inert.words(), *options.overrides]
+    wanted = jobs.job(options.recipe, words, recipe.parallel, options.nodes, options.gpus)
     print(jobs.text(wanted, options.to), end="")
 
 

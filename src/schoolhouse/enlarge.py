@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def fingerprint(base: Path, tokens: Sequence[str]) -> str:
     """Of all that decides the enlarged model: texts by their bytes, weights by size and time of their files."""
-    found = hashlib.sha256(json.dumps([list(tokens), version("transformers")]).encode() + Path(__file__).read_bytes())
+    parts = [list(tokens), version("transformers"), inert.code(base)]
+    found = hashlib.sha256(json.dumps(parts).encode() + Path(__file__).read_bytes())
     for path in sorted(base.iterdir()):
         if path.suffix == ".safetensors":
             about = path.stat()
@@ -39,7 +40,8 @@ def build(base: Path, tokens: Sequence[str], directory: Path) -> None:
     """
     from transformers import AddedToken, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=inert.allowed())
+    with inert.code_refused(base):
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=inert.allowed())
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     if known:
         raise ConfigError(
@@ -51,8 +53,10 @@ def build(base: Path, tokens: Sequence[str], directory: Path) -> None:
     for path in base.iterdir():
         if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", ".lock")):
             shutil.copy(path, directory / path.name)
+    inert.copy_code(base, directory)
     tokenizer.save_pretrained(directory)
-    _enlarged(base, tokenizer, words).save_pretrained(directory)
+    with inert.code_refused(base):
+        _enlarged(base, tokenizer, words).save_pretrained(directory)
 
 
 def _enlarged(base: Path, tokenizer: PreTrainedTokenizerFast, words: int) -> PreTrainedModel:

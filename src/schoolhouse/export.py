@@ -217,8 +217,7 @@ def _write_whole(base: Path, adapters: Mapping[str, Adapted], trained: Trained, 
 
 def _write_beside(base: Path, served: Served, place: Path) -> None:
     """Tokenizer, chat template, the stop tokens in the generation settings, and the base's other settings and code."""
-    for name in inert.code(base):
-        shutil.copy(base / name, place / name)
+    inert.copy_code(base, place)
     served.tokenizer.chat_template = served.template.source
     served.tokenizer.save_pretrained(place)
     path = base / "generation_config.json"

@@ -100,17 +100,19 @@ def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
 
     The plan given has the smallest. One that holds a whole step is the largest that makes a difference. One process
     tries until it is refused. Of several, one that is refused would be the end of all: they try what all have room for
-    by what the size before took, in proportion, which is more than it will take.
+    by what the size before took, in proportion to tokens or patches. Where nothing tells what is free or was taken,
+    they stay at the smallest.
     """
     student = rehearsal.student
     together = student.mesh.world > 1
+    _free()
     held = memory.begin_peak(student.device) if together else 0
     refuse_too_large(rehearsal, plan)
     whole_step = int(np.sort(plan.lengths)[-plan.examples :].sum())
     for tokens in _sizes(plan.tokens, whole_step):
         larger = dataclasses.replace(plan, tokens=tokens)
         if together:
-            if not _all_have_room(student, held, tokens / plan.tokens):
+            if not _all_have_room(student, held, _growth(plan, larger, rehearsal.store.largest_image)):
                 break
             refuse_too_large(rehearsal, larger, known=plan.tokens)
         elif not rehearsal.fits(larger):
@@ -119,19 +121,35 @@ def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
     return plan
 
 
-def _all_have_room(student: Student, held: int, ratio: float) -> bool:
+def _growth(plan: Plan, larger: Plan, images: np.ndarray) -> float:
+    """How many times the tokens, or patches, of the heaviest packs of one plan those of a larger one have."""
+    kinds = [plan.lengths] if plan.patches is None or not plan.patches.any() else [plan.lengths, plan.patches]
+    most = [[max(int(kind[list(pack)].sum()) for pack in heaviest_packs(one, images)) for kind in kinds]
+            for one in (plan, larger)]
+    return max(after / before for before, after in zip(*most, strict=True))
+
+
+def _all_have_room(student: Student, held: int | None, ratio: float) -> bool:
     """Whether every process has room for `ratio` times what the last size took beyond `held`; one answer for all."""
     device, mesh = student.device, student.mesh
-    most = memory.peak(device) - held
+    most = memory.peak(device) if held is not None else None
     _free()
     now = memory.begin_peak(device)
     mesh.barrier()  # before anybody looks at what is free, all have ended the last try
-    place = f"{socket.gethostname()} {device.type} {device.index if device.type != 'cpu' else ''}"
-    said = mesh.gather([place, held + most * ratio - now, memory.room(device)])
+    known = None not in (held, most, now)
+    more, free = (held + (most - held) * ratio - now, memory.room(device)) if known else (0.0, None)
+    said = mesh.gather([_where(device), more, free])
     needed: dict[str, float] = collections.Counter()
-    for name, more, _ in said:
-        needed[name] += max(0.0, more)
-    return all(free is not None and needed[name] <= USABLE * free for name, _, free in said)
+    for place, wanted, _ in said:
+        needed[place] += max(0.0, wanted)
+    return all(free is not None and needed[place] <= USABLE * free for place, _, free in said)
+
+
+def _where(device: torch.device) -> str:
+    """Whose memory it is: the machine's, or a card's, by its own number where each process counts its cards from 0."""
+    if device.type == "cuda":
+        return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+    return f"{socket.gethostname()} {device}"
 
 
 def _sizes(smallest: int, enough: int) -> Iterator[int]:

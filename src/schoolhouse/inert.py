@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from schoolhouse.errors import SafetyError
+from schoolhouse.errors import ConfigError, SafetyError
 
 OPTION = "--trust-remote-code"
 CODE = ".py"
@@ -20,14 +23,26 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".mdl")
 _given: set[str] = set()
 
 
-def allow() -> None:
+def allow(trusting: bool) -> None:
     """For this process and the workers it starts: code that models bring is run. Only the command line calls this."""
-    _given.add(OPTION)
+    _given.clear()
+    if trusting:
+        _given.add(OPTION)
 
 
 def allowed() -> bool:
     """What transformers is told as `trust_remote_code`, wherever it could run code of a model."""
     return OPTION in _given
+
+
+def words() -> list[str]:
+    """What a command line that this one writes must say, too."""
+    return [OPTION] if allowed() else []
+
+
+def faults() -> tuple[type[Exception], ...]:
+    """What code of a model may raise besides while it is loaded: it imports what is not there, or is not for here."""
+    return (ImportError, AttributeError, TypeError, SyntaxError, NameError) if allowed() else ()
 
 
 def checked(directory: Path) -> Path:
@@ -51,14 +66,22 @@ def checked(directory: Path) -> Path:
             where=str(directory), remedy="convert them where nothing can be lost, or take another copy of the model",
         )
     if allowed():
+        _refuse_generation(directory)
         _say(directory)
     return directory
 
 
 def code(directory: Path) -> dict[str, str]:
     """The SHA-256 of every file of code that the model may run now; none where that is not allowed."""
-    files = sorted(directory.glob(f"*{CODE}")) if allowed() else []
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = sorted(path for path in directory.rglob(f"*{CODE}") if path.is_file()) if allowed() else []
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def copy_code(directory: Path, place: Path) -> None:
+    """Put the code that the model may run now beside a copy of its configuration."""
+    for name in code(directory):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(directory / name, place / name)
 
 
 def refuse_code(error: Exception, directory: Path) -> None:
@@ -66,9 +89,49 @@ def refuse_code(error: Exception, directory: Path) -> None:
     if "trust_remote_code" in str(error):
         raise SafetyError(
             "the model brings code of its own, which is not run", required="a model that transformers knows",
-            where=str(directory),
-            remedy=f"take a newer transformers; or read the model's code, and add {OPTION} to the command line",
+            where=str(directory), remedy="the code of image processors is never run; take one that transformers knows"
+            if allowed() else
+            f"take a newer transformers; or read the model's code, and add {OPTION} to the command line",
         ) from None
+
+
+@contextlib.contextmanager
+def code_refused(directory: Path) -> Iterator[None]:
+    """Inside, what transformers does not load because it would run code of the model is a SafetyError."""
+    try:
+        yield
+    except ValueError as error:
+        refuse_code(error, directory)
+        raise
+
+
+def refuse_other_code(previous: Mapping[str, Any], directory: Path, run: Path) -> None:
+    """A run whose model's code is another, or is not run any more, is not the one that began: ConfigError."""
+    now = code(directory)
+    before = previous.get("code", {}) if previous else now
+    changed = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+    if changed:
+        raise ConfigError(
+            f"the model's code is not that with which the run began: {', '.join(changed[:5])}",
+            required=f"the same files, and {OPTION} or not as before", where=str(run),
+            remedy="put them back, or start anew with another directory=…",
+        )
+
+
+def _leads_out(named: Any) -> bool:
+    """Whether classes of an `auto_map` are code of another repository or directory, which nobody has shown."""
+    if isinstance(named, dict | list):
+        return any(map(_leads_out, named.values() if isinstance(named, dict) else named))
+    return named is not None and not re.fullmatch(r"\w+\.\w+", str(named), re.ASCII)
+
+
+def _refuse_generation(directory: Path) -> None:
+    """transformers would put the model's own way of writing in the place of ours, without being asked to."""
+    if (directory / "custom_generate").exists():
+        raise SafetyError(
+            "the model brings its own way of writing answers", required="generation by transformers' own code",
+            where=str(directory / "custom_generate"), remedy="remove the directory from a copy of the model",
+        )
 
 
 @functools.cache
@@ -88,7 +151,9 @@ def _refuse_keys(value: Any, path: Path) -> None:
     bad = [key for key in ("_attn_implementation_internal", "trust_remote_code") if key in value]
     if not re.fullmatch(r"[\w.-]*", str(value.get("model_type") or ""), re.ASCII):
         bad.append("model_type")
-    if allowed() and "--" in json.dumps(value.get("auto_map")):  # code of another repository, which nobody has shown
+    if "configuration_files" in value:  # transformers would read another configuration than was looked through
+        bad.append("configuration_files")
+    if allowed() and _leads_out(value.get("auto_map")):
         bad.append("auto_map")
     if bad:
         raise SafetyError(

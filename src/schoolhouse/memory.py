@@ -22,24 +22,30 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def begin_peak(device: torch.device) -> int:
-    """Look for a peak anew; the bytes that are held now: of the accelerator, else resident in main memory."""
+def begin_peak(device: torch.device) -> int | None:
+    """Look for a peak anew; the bytes that are held now: of the accelerator, else resident in main memory.
+
+    None where the system cannot begin anew: then there is no peak to ask for.
+    """
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
         return torch.accelerator.memory_reserved(device)
-    with contextlib.suppress(OSError):  # elsewhere the peak is that since the start: as high, or higher
+    try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return peak(device)
+        return _status("VmRSS")
+    except OSError:
+        return None
 
 
 def peak(device: torch.device) -> int:
     """The most bytes that were held since `begin_peak`."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_reserved(device)
-    if not MEMINFO.is_file():
-        return int(peak_gib() * 2**30)
+    return _status("VmHWM") if device.type == "cpu" else torch.accelerator.max_memory_reserved(device)
+
+
+def _status(name: str) -> int | None:
+    """Bytes that Linux tells of this process; None where it does not."""
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 def room(device: torch.device) -> int | None:

@@ -17,9 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from schoolhouse import checkpoint, places
+from schoolhouse import checkpoint, inert, places
 from schoolhouse import recipe as recipes
 from schoolhouse.config import Recipe, Rows, Source
+from schoolhouse.data.tokens import load_tokenizer
 from schoolhouse.errors import CheckpointError, ConfigError
 from schoolhouse.starter import lessons, miniatures
 
@@ -161,14 +162,14 @@ def _tokenizer(path: str) -> Path | None:
 
 def _build(place: Path, model_type: str, features: Mapping[str, Any], tokenizer: Path, precision: str) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    words = load_tokenizer(inert.checked(tokenizer))
     ends = {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id}
     config = AutoConfig.for_model(**miniatures.settings(model_type, len(words), **{**features, **ends}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         with torch.no_grad():  # stacks of experts come from some classes as they were allocated
             for parameter in model.parameters():
                 if parameter.ndim >= 2:
@@ -178,6 +179,7 @@ def _build(place: Path, model_type: str, features: Mapping[str, Any], tokenizer:
     for pattern in _TOKENIZER:
         for file in tokenizer.glob(pattern):
             shutil.copy(file, place / file.name)
+    inert.copy_code(tokenizer, place)
 
 
 def _degrees(recipe: Recipe, processes: int) -> dict[str, Any]:

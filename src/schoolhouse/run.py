@@ -177,8 +177,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
         screen.say(f"changed: {change}")
         record.event("setting changed", change=change)
     directory = places.directory_of(recipe.model)
-    code = inert.code(directory)
-    _refuse_other_code(previous, code, record.directory)
+    inert.refuse_other_code(previous, directory, record.directory)
     today = datetime.date.fromisoformat(previous["date"]) if previous else datetime.date.today()
     serving, rules = served.serving(recipe.model, directory, today), served.rules(recipe)
     store, validation = overview.stores(recipe, serving, screen)
@@ -197,7 +196,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
         recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
         plan, steps, saver, flops.work(student.model), flops.rate(student.device, recipe.model.precision) * mesh.world,
     )
-    run.info = _info(run, path, today, proof.difference, code)
+    run.info = _info(run, path, today, proof.difference, inert.code(directory))
     run.info["seconds"] = previous.get("seconds", 0.0)
     found = _newest(run, back.strict)
     _describe(run, recipe, rules)
@@ -339,18 +338,6 @@ def _refuse_what_cannot_change(recipe: Recipe, allowed: Sequence[str]) -> None:
                 required=f"a setting below {', '.join(CHANGEABLE)} that keeps the moments and the order of the data",
                 where="command line", remedy="set directory=… to start a new run with it",
             )
-
-
-def _refuse_other_code(previous: dict[str, Any], code: Mapping[str, str], directory: Path) -> None:
-    """A run whose model's code is another, or is not run any more, is not the one that began."""
-    before = previous.get("code", {}) if previous else code
-    changed = sorted(name for name in {**before, **code} if before.get(name) != code.get(name))
-    if changed:
-        raise ConfigError(
-            f"the model's code is not that with which the run began: {', '.join(changed[:5])}",
-            required=f"the same files, and {inert.OPTION} or not as before", where=str(directory),
-            remedy="put them back, or start anew with another directory=…",
-        )
 
 
 def _changes(recipe: Recipe, previous: dict[str, Any], directory: Path, allowed: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from schoolhouse import checkpoint, evaluate, overview, places, proof
+from schoolhouse import checkpoint, evaluate, inert, overview, places, proof
 from schoolhouse import export as exporting
 from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Lora, Model, Recipe
@@ -95,7 +95,9 @@ def _recipe(directory: Path) -> Recipe:
             where=str(directory), remedy="check the path",
         )
     info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return Recipe.model_validate(info["recipe"])
+    recipe = Recipe.model_validate(info["recipe"])
+    inert.refuse_other_code(info, places.directory_of(recipe.model), directory)
+    return recipe
 
 
 def _prompts(recipe: Recipe, model: Served) -> list[proof.Prompt]:

@@ -9,14 +9,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from test_run import here, program, write_recipe
 
-from schoolhouse import places
+from schoolhouse import inert, places
 from schoolhouse.config import Model
-from schoolhouse.data import bounds, served
+from schoolhouse.data import bounds, prepare, served
+from schoolhouse.errors import SafetyError
 from schoolhouse.types import Conversation, Message, Origin, Part
 
 WATCHED = """
@@ -105,6 +107,8 @@ def test_f22_only_the_command_line_runs_code_of_a_model(own: Path, tmp_path: Pat
                                 "HF_MODULES_CACHE": str(tmp_path / "modules")}
     refused = program("run", *words, code=8, env=environment)
     assert ALLOWED in refused.stderr and not trace.exists() and len(refused.stderr.splitlines()) <= 6
+    program("run", *words, "--nproc", "2", code=8, env=environment)
+    assert not trace.exists()
     digest = hashlib.sha256((own / "own.py").read_bytes()).hexdigest()
     done = program("run", *words, ALLOWED, "--nproc", "2", env=environment)
     assert trace.exists() and done.stderr.count(f"may run {own / 'own.py'} (sha256 {digest})") == 1
@@ -115,16 +119,84 @@ def test_f22_only_the_command_line_runs_code_of_a_model(own: Path, tmp_path: Pat
     out = program(ALLOWED, "export", run, env=environment).stdout
     assert "identical logits" in out and (run / "export" / "own.py").read_bytes() == (own / "own.py").read_bytes()
     (own / "own.py").write_text((own / "own.py").read_text() + "# another line\n")
-    changed = program("run", *longer, ALLOWED, code=2, env=environment)
-    assert "code is not that with which the run began: own.py" in changed.stderr
+    for command in (("run", *longer), ("export", run), ("eval", run, page)):
+        changed = program(*command, ALLOWED, code=2, env=environment)
+        assert "code is not that with which the run began: own.py" in changed.stderr
 
 
-def test_f22_code_of_another_repository_is_never_run(own: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def trusting() -> Iterator[None]:
+    """As if the option stood on the command line."""
+    inert.allow(True)
+    yield
+    inert.allow(False)
+
+
+@pytest.mark.parametrize("place", [
+    "somebody/else--own.OwnConfig", "sub/own.OwnConfig", "/elsewhere/own.OwnConfig", "..own.OwnConfig",
+    ["own.OwnConfig", "somebody/else--own.OwnConfig"],
+])
+def test_f22_code_from_elsewhere_is_never_run(own: Path, trusting: None, place: object) -> None:
+    """Only files of the model's own directory, whose names and hashes are shown, can be meant."""
     settings = json.loads((own / "config.json").read_text())
-    settings["auto_map"]["AutoConfig"] = "somebody/else--own.OwnConfig"
+    settings["auto_map"]["AutoConfig"] = place
     (own / "config.json").write_text(json.dumps(settings))
-    said = program("run", write_recipe(tmp_path), f"directory={tmp_path / 'run'}", f"model={own}", ALLOWED, code=8)
-    assert "auto_map" in said.stderr and not (tmp_path / "trace").exists()
+    with pytest.raises(SafetyError, match="auto_map"):
+        inert.checked(own)
+
+
+def test_f22_another_configuration_or_way_of_writing_is_refused(own: Path, tmp_path: Path) -> None:
+    """`configuration_files` hides keys from the look at config.json; `custom_generate` needs no auto_map to run."""
+    inert.checked(own)
+    (own / "custom_generate").mkdir()
+    inert.checked(own)
+    inert.allow(True)
+    try:
+        with pytest.raises(SafetyError, match="own way of writing"):
+            inert.checked(own)
+    finally:
+        inert.allow(False)
+    settings = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**settings, "configuration_files": ["config.4.0.0.json"]}))
+    with pytest.raises(SafetyError, match="configuration_files"):
+        inert.checked(own)
+
+
+def test_f22_all_code_beside_a_model_is_shown_copied_and_part_of_what_is_prepared(own: Path, tmp_path: Path) -> None:
+    """Also in directories, which code may import; rows that other code tokenized are other rows."""
+    (own / "sub").mkdir()
+    (own / "sub" / "words.py").write_text("WORDS = 1\n")
+    (own / "no.py").mkdir()
+    serving = served.serving(Model(path=str(own)), own)
+    without = prepare.serving_fingerprint(serving)
+    assert inert.code(own) == {}
+    inert.allow(True)
+    try:
+        assert sorted(inert.code(own)) == ["own.py", "sub/words.py"]
+        inert.copy_code(own, tmp_path / "copy")
+        first = prepare.serving_fingerprint(serving)
+        (own / "sub" / "words.py").write_text("WORDS = 2\n")
+        assert len({without, first, prepare.serving_fingerprint(serving)}) == 3
+    finally:
+        inert.allow(False)
+    assert (tmp_path / "copy" / "sub" / "words.py").read_text() == "WORDS = 1\n"
+
+
+def test_f22_a_rehearsal_and_a_job_keep_to_the_command_line(own: Path, tmp_path: Path) -> None:
+    """The tokenizer's own code is refused in a rehearsal, too, whatever is answered on the terminal; a job that is
+    written says what this command line said.
+    """
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnModel", None]}}
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    (own / "config.json").write_text(json.dumps({**json.loads((own / "config.json").read_text()), "auto_map": {},
+                                                 "model_type": "llama"}))
+    page = write_recipe(tmp_path)
+    words = [page, f"directory={tmp_path / 'run'}", f"model={own}"]
+    said = program("run", *words, "--rehearse", code=8, input="y\n")
+    assert "code of its own" in said.stderr and not (tmp_path / "trace").exists()
+    assert ALLOWED in program("job", *words, "--to", "slurm", ALLOWED).stdout
+    assert ALLOWED not in program("job", *words, "--to", "slurm").stdout
 
 
 @pytest.mark.parametrize("bad", [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,19 @@ def test_f14_auto_with_two_processes_stops_before_one_is_refused(page: Path, tmp
     assert 120 <= found[64] < found[320] < found[4096], found
     losses = [[one["loss"] for one in steps_of(tmp_path / f"run-{size}")] for size in found]
     assert losses[1] == pytest.approx(losses[0], rel=0, abs=1e-6) == losses[2]
+
+
+@pytest.mark.parametrize(("length", "patches", "sizes", "growth"), [
+    (510, None, (1000, 1500), 2.0), (600, None, (1000, 1500), 2.0), (90, None, (150, 200), 2.0),
+    (100, 40, (150, 200), 2.0), (50, 0, (100, 150), 1.5),
+])
+def test_f14_growth_is_that_of_the_packs(length: int, patches: int | None, sizes: tuple, growth: float) -> None:
+    """Not of `batch.tokens`: a second example finds room all at once, with its image."""
+    lengths, images = np.full(50, length), np.full(50, patches or 0)
+    first = Plan(lengths, lengths.astype(float), lengths, 64, sizes[0], 0, patches=images if patches else None)
+    second = replace(first, tokens=sizes[1])
+    expected = (sizes[1] // length) / (sizes[0] // length)
+    assert fitting._growth(first, second, images) == pytest.approx(expected) == pytest.approx(growth)
 
 
 @pytest.mark.parametrize(("words", "within"), [

@@ -147,8 +147,7 @@ def _alone(trusting: bool) -> None:
     """One thread a worker: the processes are the parallelism. None outlives the process that waits for its work."""
     orphans.live_no_longer_than(multiprocessing.parent_process().pid)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if trusting:
-        inert.allow()
+    inert.allow(trusting)
     gc.disable()  # each chunk is followed by a collection
 
 
@@ -239,6 +238,7 @@ def serving_fingerprint(serving: Serving) -> str:
         digest.update(f"{path.name} {len(content)} ".encode() + content)
         if b"strftime_now" in content:
             digest.update(str(serving.today).encode())
+    digest.update(json.dumps(inert.code(serving.directory), sort_keys=True).encode())
     digest.update(json.dumps([serving.template_arguments, serving.stop_tokens, size, serving.image_tokens]).encode())
     return digest.hexdigest()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from schoolhouse import inert
 from schoolhouse.config import Model, Recipe, Rows
 from schoolhouse.data import encode, formats, tokens, turns, vision
 from schoolhouse.data.template import Template, compile_template, template_source
@@ -168,7 +169,8 @@ def files(serving: Serving) -> list[Path]:
 def load(serving: Serving) -> Served:
     """Load the tokenizer and compile the template; once for each process, and again when a file has changed."""
     stats = [path.stat() if path.is_file() else None for path in files(serving)]
-    return _load(serving, tuple(stat and (stat.st_mtime_ns, stat.st_size) for stat in stats))
+    stamps = *(stat and (stat.st_mtime_ns, stat.st_size) for stat in stats), *inert.code(serving.directory).items()
+    return _load(serving, stamps)
 
 
 @functools.lru_cache(maxsize=4)

@@ -44,7 +44,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=inert.allowed(), local_files_only=True)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, *inert.faults()) as error:
         inert.refuse_code(error, directory)
         raise ConfigError(
             f"the tokenizer does not load: {str(error).splitlines()[0]:.200}",

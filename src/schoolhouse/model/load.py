@@ -148,12 +148,12 @@ def load(
             directory, dtype=number, attn_implementation=sight.attentions(directory, attention.NAME),
             trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True, output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, *inert.faults()) as error:
         inert.refuse_code(error, directory)
         raise ModelError(
             f"the model does not load: {' '.join(str(error).split())[:200]}",
             required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
-            where=str(directory), remedy="check config.json and the weights; models with code of their own are refused",
+            where=str(directory), remedy="check config.json and the weights; and the message above",
         ) from None
     _refuse_missing(directory, found["missing_keys"])
     if sight.sees(model):

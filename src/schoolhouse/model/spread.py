@@ -68,7 +68,8 @@ def stored(directory: Path) -> torch.dtype:
 
 def _refuse(directory: Path, mesh: Mesh) -> None:
     """Raise MeshError for a Ulysses degree that cannot work, before any weight is read."""
-    configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=inert.allowed())
+    with inert.code_refused(directory):
+        configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=inert.allowed())
     settings = configuration.get_text_config().to_dict()
     if mesh.ulysses > 1:
         ulysses.refuse_heads(settings.get("num_attention_heads") or 1, mesh.ulysses)

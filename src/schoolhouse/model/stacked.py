@@ -56,10 +56,11 @@ def _names(directory: Path) -> set[str]:
 
 def _build(directory: Path, number: torch.dtype, kept: Iterable[str], staging: Path) -> None:
     """Write stacked tensors, a file each, and beside them what is kept of each file, with an index of all."""
-    sight.loader(directory).from_pretrained(
-        directory, dtype=number, device_map={"": "disk"}, offload_folder=staging / OFFLOADED,
-        trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True,
-    )
+    with inert.code_refused(directory):
+        sight.loader(directory).from_pretrained(
+            directory, dtype=number, device_map={"": "disk"}, offload_folder=staging / OFFLOADED,
+            trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True,
+        )
     files: dict[str, str] = {}
     for path in sorted((staging / OFFLOADED).glob("*.safetensors")):
         path.rename(staging / path.name)
@@ -76,11 +77,13 @@ def _build(directory: Path, number: torch.dtype, kept: Iterable[str], staging: P
     for name in COPIED:
         if (directory / name).is_file():
             shutil.copy(directory / name, staging / name)
+    inert.copy_code(directory, staging)
 
 
 def _fingerprint(directory: Path) -> str:
     """Of all that decides the copy; weights by size and time of their files."""
-    found = hashlib.sha256(transformers.__version__.encode() + Path(__file__).read_bytes())
+    code = json.dumps(inert.code(directory)).encode()
+    found = hashlib.sha256(transformers.__version__.encode() + Path(__file__).read_bytes() + code)
     for path in sorted(directory.glob("*.safetensors")):
         about = path.stat()
         found.update(f"{path.resolve()} {about.st_size} {about.st_mtime_ns}".encode())
