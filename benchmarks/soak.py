@@ -25,8 +25,8 @@ import victims
 
 PAGE = """\
 model: starter/qwen3
-data: {{train: [{{path: starter/arithmetic, limit: 64}}]}}
-batch: {{examples: 2, tokens: 128}}
+data: {{train: [{{path: starter/arithmetic, limit: 5000}}]}}
+batch: {{examples: 2, tokens: 512}}
 train: {{steps: {steps}}}
 optim: {{learning_rate: 1e-4}}
 checkpoint: {{every: {every}}}
@@ -72,6 +72,7 @@ def soak(place: Path, steps: int) -> dict[str, Any]:
     return {
         "steps": steps, "resident_mib": [one[0] for one in (looks[0], looks[-1])],
         "resident_grown": looks[-1][0] / looks[0][0] - 1, "files": sorted({one[1] for one in looks}),
+        "median_seconds": [statistics.median(seconds[:quarter]), statistics.median(seconds[-quarter:])],
         "p99_over_p50": [first, last], "drift": last / first - 1,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from schoolhouse.data import choose, loader, prepare, served, store
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError, SchoolhouseError
-from schoolhouse.types import UNSUPERVISED, Example, Ledger, Origin
+from schoolhouse.types import UNSUPERVISED, Example, Ledger, Origin, PlannedStep
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 """Each example writes the same directory anew."""
@@ -100,6 +101,17 @@ def test_the_ranks_of_a_step_share_its_packs(tmp_path: Path) -> None:
         packs = [micro.pack for step in (one, other) for micro in step.micro_batches]
         assert sorted(packs) == sorted(plan.step(one.index).packs)
         assert sum(micro.supervised for step in (one, other) for micro in step.micro_batches) == one.supervised
+
+
+def test_a_long_run_keeps_no_step(tmp_path: Path) -> None:
+    """Steps that are done are forgotten, but for the 57 that `itertools.tee` lets go at once."""
+    generator = np.random.default_rng(0)
+    kept = write(tmp_path, [[a_row(5, number, generator) for number in range(1, 41)]])
+    plan = Plan(kept.lengths, kept.supervised, kept.supervised_tokens, 8, 64, seed=3)
+    done = loader.steps(kept, plan, 1, 1000, torch.device("cpu"))
+    assert [next(done).index for _ in range(500)][-1] == 500
+    gc.collect()
+    assert sum(isinstance(one, PlannedStep) for one in gc.get_objects()) < 100
 
 
 def a_row(length: int, row: int, generator: np.random.Generator) -> Example:

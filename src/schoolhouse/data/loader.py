@@ -27,6 +27,7 @@ def steps(
     every, coming = itertools.tee(map(plan.step, range(first, last + 1)))
     packs = (pack for planned in coming for pack in planned.packs[rank::ranks])
     seen = pixels(store, packs, sight, -(-plan.examples // ranks), device, share)
+    del coming, packs  # where there are no images nobody asks for them, and `tee` would keep every step of the run
     for planned in every:
         mine = planned.packs[rank::ranks]
         yield Step(planned, [micro_batch(store, pack, device, sight, next(seen), share[1]) for pack in mine])
