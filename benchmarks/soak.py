@@ -58,9 +58,10 @@ def soak(place: Path, steps: int) -> dict[str, Any]:
     page, run = place / "long.yaml", place / "long"
     page.write_text(PAGE.format(steps=steps, every=max(1, steps // 20)), encoding="utf-8")
     victim = victims.start(["run", str(page), f"directory={run}"], 1, place / "long.txt")
-    looks = []
-    while victim.alive():
-        if max(victims.lines(run), default=0) >= steps // 10:
+    looks, begun = [], False
+    while victim.alive():  # from then on its records are not read: that takes longer as they grow, and its core
+        begun = begun or max(victims.lines(run), default=0) >= steps // 10
+        if begun:
             looks.append(_look(victim.processes[0]))
         time.sleep(1.0)
     assert victim.ended() == [0], victim.said()
