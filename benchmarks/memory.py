@@ -65,8 +65,8 @@ def measure(path: Path, settings: list[str]) -> dict[str, Any]:
     seen = next(iter(loader.pixels(store, iter([pack]), seeing, len(pack), CPU)))
     micro = loader.micro_batch(store, pack, CPU, seeing, seen)
     foreseen = estimate.memory(recipe, directory) or {}
-    ahead = _saved_on_meta(recipe, directory, micro)
     attention.register()
+    ahead = _saved_on_meta(recipe, directory, micro)
 
     program, _ = _look()
     student = load.load(directory, recipe.model, CPU, recipe.lora)
@@ -99,10 +99,9 @@ def measure(path: Path, settings: list[str]) -> dict[str, Any]:
 
 def _saved_on_meta(recipe: Any, directory: Path, micro: MicroBatch) -> int:
     """Bytes that the same forward keeps, by shapes alone."""
-    attention.register()
     number = getattr(torch, recipe.model.precision)
     with torch.device("meta"):
-        configuration = AutoConfig.from_pretrained(directory, local_files_only=True)
+        configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model = sight.loader(directory).from_config(
             configuration, dtype=number, attn_implementation=sight.attentions(directory, attention.NAME))
     if sight.sees(model):

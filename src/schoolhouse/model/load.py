@@ -153,7 +153,7 @@ def load(
         raise ModelError(
             f"the model does not load: {' '.join(str(error).split())[:200]}",
             required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
-            where=str(directory), remedy="check config.json and the weights; and the message above",
+            where=str(directory), remedy="check config.json and the weights",
         ) from None
     _refuse_missing(directory, found["missing_keys"])
     if sight.sees(model):
