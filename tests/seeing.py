@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -139,17 +139,23 @@ def step(
 
 
 def plain_gradient(
-    model: PreTrainedModel, rows: Sequence[Example], seeing: Sight
+    model: PreTrainedModel, rows: Sequence[Example], seeing: Sight,
+    added: Callable[[int, torch.Tensor], torch.Tensor] = lambda index, embedded: embedded,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradient of one step by transformers alone: its processor, its positions, its masks, its attention."""
+    """Loss and gradient of one step by transformers alone: its processor, its positions, its masks, its attention.
+
+    `added` is what becomes of the embeddings of each example's tokens.
+    """
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
     model.zero_grad()
     supervised = sum(float(row.weights.sum(dtype="float64")) for row in rows)
     total = 0.0
-    for row in rows:
+    for index, row in enumerate(rows):
         ids = torch.tensor(row.input_ids[None].astype("int64"))
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, __, out, one=index: added(one, out))
         logits = model(input_ids=ids, use_cache=False, **given(row, ids, seeing)).logits[0]
+        hook.remove()
         labels = torch.tensor(row.labels.astype("int64"))
         nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=UNSUPERVISED)
         loss = (nll * torch.tensor(row.weights, dtype=nll.dtype)).sum() / supervised

@@ -189,7 +189,7 @@ class Lora(Section):
     """Also learn the length of each row of a matrix (DoRA)."""
     base: Literal["stored", "nf4"] = "stored"
     """Frozen matrices beside adapters: as the model's files have them, or in 4 bits (`nf4`, QLoRA) by torchao,
-    `schoolhouse[qlora]`. One process; a merged export adds the adapters to those 4-bit values."""
+    `schoolhouse[qlora]`, whole in each process; a merged export adds the adapters to those 4-bit values."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapters, e.g. `[embed_tokens]`; tied embeddings stay tied."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import group
+import taught
 import torch
 from seeing import examples, eyes, plain_gradient, step, stored, student
 from torch.distributed.tensor import DTensor
@@ -22,6 +23,7 @@ from schoolhouse import train
 from schoolhouse.data import pictures
 from schoolhouse.model import sight
 from schoolhouse.model.load import Student
+from schoolhouse.model.teaching import Teaching
 from schoolhouse.parallel import fsdp
 
 IMAGES = {"mixed": [0, 1, 0, 3, 2, 0], "one rank blind": [2, 0, 1, 0, 3, 0], "text": [0] * 6}
@@ -29,14 +31,17 @@ PACKS = {"mixed": [[0, 1], [2, 3], [4, 5], []], "one rank blind": [[0, 2], [1, 5
          "text": [[0, 1, 2], [3, 4, 5]]}
 
 
-def compare(family: str, kind: str, layout: group.Layout, frozen: tuple[str, ...] = ()) -> float:
+def compare(
+    family: str, kind: str, layout: group.Layout, frozen: tuple[str, ...] = (), alpha: float = 0.0
+) -> float:
     """The largest difference of loss and gradients from the oracle, relative to the longest gradient."""
     one, seeing, mesh = student(family), eyes(family), group.mesh(layout)
     rows = examples(seeing, IMAGES[kind], seed=7)
     with TrueFloat64(), tempfile.TemporaryDirectory() as place:
-        wanted_loss, wanted = plain_gradient(one.model, rows, seeing)
+        wanted_loss, wanted = plain_gradient(one.model, rows, seeing, functools.partial(noisy, alpha))
         sight.freeze(one.model, frozen)
         placed = Student(one.model, mesh)
+        placed.teaching = Teaching(noise=alpha)
         fsdp.shard(placed, mesh, torch.float64, offload=False)
         mine = step(stored(rows, Path(place)), PACKS[kind], seeing, mesh.data_rank, mesh.data_ranks, mesh.seat)
         loss, _ = train.compute_gradient(placed, mine, seed=0)
@@ -51,6 +56,11 @@ def compare(family: str, kind: str, layout: group.Layout, frozen: tuple[str, ...
         target = wanted.get(name, torch.zeros_like(found))
         worst = max(worst, float((found - target).norm()) / largest)
     return worst
+
+
+def noisy(alpha: float, index: int, embedded: torch.Tensor) -> torch.Tensor:
+    """An example's embeddings with NEFTune's noise of the first step; features take the places of images afterwards."""
+    return embedded + taught.noise(0, 1, index, *embedded.shape[1:], alpha).to(embedded.dtype)
 
 
 def encoded(layout: group.Layout) -> list[int]:
@@ -91,6 +101,8 @@ def named(world: int) -> dict[str, Callable[[], float | list[int]]]:
             for frozen in (("vision",), ("language",)):
                 name = f"frozen {frozen[0]}, {'x'.join(map(str, layout))}"
                 cases[name] = functools.partial(compare, "qwen3_vl", kind, layout, frozen)
+        for family in ("qwen3_vl", "gemma3"):
+            cases[f"{family}, noise, 1x1x2"] = functools.partial(compare, family, "mixed", (1, 1, 2), alpha=5.0)
     return {**cases, "encoded": functools.partial(encoded, (1, 1, world))}
 
 

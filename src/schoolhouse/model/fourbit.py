@@ -57,9 +57,16 @@ def round_base(model: PreTrainedModel) -> None:
 
 def describe(model: nn.Module) -> str:
     """What is kept in 4 bits, for the table of what is in force; empty where nothing is."""
-    narrow = [one for one in model.parameters() if is_narrow(one) and not one.requires_grad]
-    held, whole = sum(map(bytes_of, narrow)), 4 * sum(one.numel() for one in narrow)
-    return f"; {len(narrow)} of them in 4 bits (NF4): {held / 2**20:.1f} MiB for {whole / 2**20:.1f}" if narrow else ""
+    narrow = matrices(model)
+    if not narrow:
+        return ""
+    held, whole = (size / 2**20 for size in (sum(map(bytes_of, narrow)), 4 * sum(one.numel() for one in narrow)))
+    return f"; {len(narrow)} of them in 4 bits (NF4), whole in each process: {held:.1f} MiB for {whole:.1f}"
+
+
+def matrices(model: nn.Module) -> set[nn.Parameter]:
+    """The frozen matrices that are kept in 4 bits."""
+    return {one for one in model.parameters() if is_narrow(one) and not one.requires_grad}
 
 
 def bytes_of(weight: Tensor) -> int:

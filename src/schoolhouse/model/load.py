@@ -136,11 +136,12 @@ def device(setting: str, local: int = 0) -> torch.device:
 
 def load(
     directory: Path, settings: Model, place: torch.device, adapters: Lora | None = None, *,
-    number: torch.dtype = torch.float32,
+    number: torch.dtype = torch.float32, narrow_on: torch.device | None = None,
 ) -> Student:
     """The model of a directory on `place`, ready to train; raises ModelError where it cannot be exact.
 
     In the number format of its files and on the CPU, weights stay in the files: they are mapped, and take no memory.
+    Matrices in 4 bits are made, and stay, on `narrow_on`, where that is another place.
     """
     attention.register()
     try:
@@ -163,12 +164,12 @@ def load(
     if adapters is not None:
         lora.inject(model, adapters)
         if adapters.base == "nf4":
-            fourbit.narrow(model, place)
+            fourbit.narrow(model, narrow_on or place)
     if settings.new_tokens:
         lora.refuse_frozen_words(model)
     if settings.liger:
         kernels.fuse(model, place)
-    model.to(place).train()
+    (model if place.type == "cpu" else model.to(place)).train()  # it was read on the CPU
     if settings.activation_checkpointing:
         checkpoint_activations(model, settings.precision)
     return Student(model)

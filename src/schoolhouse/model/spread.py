@@ -12,7 +12,7 @@ from schoolhouse import inert
 from schoolhouse.config import Recipe
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MeshError
-from schoolhouse.model import load, stacked, teaching
+from schoolhouse.model import fourbit, load, stacked, teaching
 from schoolhouse.model.load import Proof, Student
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import Mesh
@@ -30,29 +30,26 @@ def proved(
     """The recipe's student on this process's place, and its proof; raises ModelError or MeshError where it fails.
 
     No process ever holds a whole model of many processes: rank 0 proves it block by block, and cutting does the same.
+    Matrices in 4 bits are the exception: they are not cut, and every process has all of them.
     """
     if mesh.world == 1:
         student = load.load(directory, recipe.model, place, recipe.lora)
         student.teaching = teaching.teaching(recipe.train, student.model)
         return student, load.prove(student, seeing)
     _refuse(directory, mesh)
-    if recipe.lora is not None and recipe.lora.base == "nf4":
-        raise MeshError(
-            f"lora.base=nf4 with {mesh.world} processes", required="one process: 4-bit blocks are not cut",
-            where="lora.base", remedy="leave lora.base out, or train with one process",
-        )
     number = stored(directory)
     source = stacked.directory_of(directory, number)
-    whole = load.load(source, recipe.model, torch.device("cpu"), recipe.lora, number=number)
+    whole = load.load(source, recipe.model, torch.device("cpu"), recipe.lora, number=number, narrow_on=place)
+    kept = fourbit.matrices(whole.model)
     found = None
     if mesh.is_first:
-        with fsdp.streamed(whole.model, place):
+        with fsdp.streamed(whole.model, place, kept):
             found = load.prove(whole, seeing)
     proof = Proof(*mesh.share([found.loss, found.difference] if found else None))
     student = Student(whole.model, mesh)
     student.teaching = teaching.teaching(recipe.train, student.model)
     precision = recipe.model.precision
-    fsdp.shard(student, mesh, getattr(torch, precision), offload=recipe.parallel.offload)
+    fsdp.shard(student, mesh, getattr(torch, precision), offload=recipe.parallel.offload, kept=kept)
     _check_layout(student, proof, seeing, AGREEMENT[precision])
     return student, proof
 

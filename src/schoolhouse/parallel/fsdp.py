@@ -8,7 +8,7 @@ belongs to the student itself, and is whole while its forward runs. Weights, gra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,14 @@ from schoolhouse.errors import MeshError
 from schoolhouse.parallel.mesh import Mesh
 
 
-def shard(student: nn.Module, mesh: Mesh, precision: torch.dtype, *, offload: bool) -> None:
+def shard(
+    student: nn.Module, mesh: Mesh, precision: torch.dtype, *, offload: bool, kept: Collection[nn.Parameter] = ()
+) -> None:
     """Cut the weights of a student over the mesh, block by block, and let its gradients be added, not averaged.
 
     Weights may still lie in their file (mapped, in the type they are stored in): one block at a time becomes float32,
-    is moved to the device, and only this process's part of it stays.
+    is moved to the device, and only this process's part of it stays. Parameters that are `kept` stay what they are,
+    whole and where they are, in every process.
     """
     if offload and mesh.parameters.device_type == "cpu":
         raise MeshError(
@@ -36,8 +39,8 @@ def shard(student: nn.Module, mesh: Mesh, precision: torch.dtype, *, offload: bo
     policy = MixedPrecisionPolicy(**narrow, cast_forward_inputs=False)
     place = CPUOffloadPolicy() if offload else OffloadPolicy()
     for group in (*blocks(student), student):
-        _widen(group)
-        fully_shard(group, mesh=axes, mp_policy=policy, offload_policy=place)
+        _widen(group, kept)
+        fully_shard(group, mesh=axes, mp_policy=policy, offload_policy=place, ignored_params=set(kept))
     in_order = [student, *blocks(student)]
     for group, before in zip(in_order, [in_order[-1], *in_order[:-1]], strict=True):
         group.set_gradient_divide_factor(1.0)
@@ -61,8 +64,11 @@ def groups(student: nn.Module) -> list[FSDPModule]:
 
 
 @contextlib.contextmanager
-def streamed(model: nn.Module, place: torch.device) -> Iterator[None]:
-    """Inside, a model whose weights lie in their file runs in float32 on `place`, one block there at a time."""
+def streamed(model: nn.Module, place: torch.device, kept: Collection[nn.Parameter] = ()) -> Iterator[None]:
+    """Inside, a model whose weights lie in their file runs in float32 on `place`, one block there at a time.
+
+    Parameters that are `kept` are there already, in a format of their own.
+    """
     inside = blocks(model)
     within = {parameter for block in inside for parameter in block.parameters()}
     rest = nn.ParameterList(parameter for parameter in model.parameters() if parameter not in within)
@@ -70,12 +76,15 @@ def streamed(model: nn.Module, place: torch.device) -> Iterator[None]:
 
     def bring(group: nn.Module, *_: object) -> None:
         for parameter in group.parameters():
+            if parameter in kept:
+                continue
             home[parameter] = parameter.data
             parameter.data = parameter.data.to(place, torch.float32)
 
     def take_back(group: nn.Module, *_: object) -> None:
         for parameter in group.parameters():
-            parameter.data = home.pop(parameter)
+            if parameter not in kept:
+                parameter.data = home.pop(parameter)
 
     for buffer in model.buffers():
         buffer.data = buffer.data.to(place)
@@ -90,10 +99,10 @@ def streamed(model: nn.Module, place: torch.device) -> Iterator[None]:
             hook.remove()
 
 
-def _widen(group: nn.Module) -> None:
+def _widen(group: nn.Module, kept: Collection[nn.Parameter]) -> None:
     """The group's weights in float32 at least; those of groups inside it are so already."""
     for parameter in group.parameters():
-        if parameter.is_floating_point() and not isinstance(parameter, DTensor):
+        if parameter.is_floating_point() and not isinstance(parameter, DTensor) and parameter not in kept:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
