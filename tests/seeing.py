@@ -56,7 +56,6 @@ def student(family: str = "qwen3_vl", tied: bool = True, seed: int = 1) -> Stude
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **copy.deepcopy(SETTINGS[family]), tie_word_embeddings=tied)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float64, experts_implementation="eager").train()
-    sight.attend(model, attention.NAME)
     sight.prepare(model)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from seeing import example, examples, eyes, given, plain_gradient, step, stored, student
+import torch.nn.functional as F
+from seeing import example, examples, eyes, given, picture, plain_gradient, step, stored, student
 from true_float64 import TrueFloat64
 
 from schoolhouse import train
@@ -172,6 +173,20 @@ def test_proof_before_the_first_step_sees_a_wrong_image(monkeypatch: pytest.Monk
     monkeypatch.setattr(type(seeing), "positions", lambda *args: turned(*args)[[0, 2, 1]])
     with pytest.raises(load.ModelError, match="cannot be trained packed"):
         load.prove(one, seeing)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_images_of_one_size_attend_in_one_call(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer of the tower computes the attention of five equal images at once, of a sixth in another call."""
+    seeing, one, generator, calls = eyes(family), student(family), np.random.default_rng(2), []
+    images = [picture(seeing, *size, generator) for size in [(16, 16)] * 5 + [(16, 24)]]
+    grid = torch.tensor([image.grid for image in images])
+    pixels = torch.from_numpy(np.concatenate([seeing.pixels(image, "test") for image in images])).double()
+    plain = F.scaled_dot_product_attention
+    counted = lambda *args, **more: calls.append(args) or plain(*args, **more)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    one.model.model.get_image_features(pixels, grid)
+    assert len(calls) == 2 * len(one.model.model.visual.blocks)
 
 
 def test_the_oracle_sees_the_image() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from schoolhouse.parallel import fsdp
 from schoolhouse.parallel import mesh as meshes
 from schoolhouse.parallel.mesh import Mesh
 from schoolhouse.parallel.place import Degrees, place
@@ -54,7 +55,11 @@ def run(script: str, world: int, names: Sequence[str] = (), seconds: float = SEC
 
 
 def main(cases: dict[str, Callable[[], Any]]) -> None:
-    """Join, run the cases named on the command line (all of them without), and print each one's value."""
+    """Join, run the cases named on the command line (all of them without), and print each one's value.
+
+    Blocks of miniatures are groups of their own, as those of real models are.
+    """
+    fsdp.SMALL = 0
     meshes.join(place(os.environ), torch.device("cpu"))
     for name in sys.argv[1:] or cases:
         print(json.dumps([name, cases[name]()]), flush=True)

@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
+from unittest import mock
 
 import group
 import numpy as np
@@ -88,10 +89,13 @@ def wanted_of(made: str, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
         return plain_gradient(made_student(made, False).model, rows(kind))
 
 
-def compare(made: str, kind: str, layout: group.Layout, narrow: bool = False, again: bool = False) -> float:
+def compare(
+    made: str, kind: str, layout: group.Layout, narrow: bool = False, again: bool = False, small: int = 0
+) -> float:
     """The largest difference of loss and gradients from the plain loop, relative to the longest gradient.
 
-    `narrow` computes the layout's side in float32, `again` with activation checkpointing.
+    `narrow` computes the layout's side in float32, `again` with activation checkpointing; blocks of fewer than `small`
+    weights are one group with the rest.
     """
     one, taught, mesh = made_student(made, narrow), rows(kind), group.mesh(layout)
     wanted_loss, wanted = wanted_of(made, kind)
@@ -100,7 +104,9 @@ def compare(made: str, kind: str, layout: group.Layout, narrow: bool = False, ag
 
         load.checkpoint_activations(one.model)
     placed = Student(one.model, mesh)
-    fsdp.shard(placed, mesh, torch.float32 if narrow else torch.float64, offload=False)
+    with mock.patch.object(fsdp, "SMALL", small):
+        fsdp.shard(placed, mesh, torch.float32 if narrow else torch.float64, offload=False)
+    assert (len(fsdp.groups(placed)) == 1) == bool(small)
     with nullcontext() if narrow else TrueFloat64():
         loss, _ = train.compute_gradient(placed, step_of(a_store(taught), mesh, kind), seed=0)
     largest = max(float(gradient.norm()) for gradient in wanted.values())
@@ -132,6 +138,8 @@ def named(world: int) -> dict[str, Callable[[], float]]:
     for layout in layouts(world):
         name = f"tied, uneven, {'x'.join(map(str, layout))}, float32 recomputed"
         cases[name] = functools.partial(compare, "tied", "uneven", layout, narrow=True, again=True)
+        name = f"tied, uneven, {'x'.join(map(str, layout))}, blocks together"
+        cases[name] = functools.partial(compare, "tied", "uneven", layout, small=1 << 20)
     return cases
 
 

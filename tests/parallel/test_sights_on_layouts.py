@@ -11,7 +11,7 @@ import sights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schoolhouse.data import ahead
+from schoolhouse.shares import share_out
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -27,7 +27,7 @@ def test_images_on_layouts(world: int) -> None:
 @given(st.lists(st.integers(1, 5000), max_size=40), st.integers(1, 9))
 def test_images_are_shared_out_evenly(costs: list[int], degree: int) -> None:
     """Each image once; nobody has more than the mean and one image (the dearest comes first, to the one with least)."""
-    shares = ahead.shares(costs, degree)
+    shares = share_out(costs, degree)
     assert sorted(image for images in shares for image in images) == list(range(len(costs)))
     dearest = max(sum(costs[image] for image in images) for images in shares)
     assert dearest <= sum(costs) / degree + max(costs, default=0) * (1 - 1 / degree) + 1e-9

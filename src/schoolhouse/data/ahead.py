@@ -25,6 +25,7 @@ from schoolhouse.data import store as stores
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import DataError
+from schoolhouse.shares import share_out
 from schoolhouse.types import Picture, Vision
 
 Pack = Sequence[int]
@@ -51,24 +52,13 @@ def vision(sight: Sight, shown: Sequence[Picture], device: torch.device, where: 
     return Vision(seen.to(device), torch.tensor([picture.grid for picture in shown], device=device))
 
 
-def shares(costs: Sequence[int], degree: int) -> tuple[tuple[int, ...], ...]:
-    """Which images each of `degree` processes encodes: the dearest first, each to the one that has least to do."""
-    taken: list[list[int]] = [[] for _ in range(degree)]
-    loads = [0] * degree
-    for image in sorted(range(len(costs)), key=lambda one: -costs[one]):
-        least = loads.index(min(loads))
-        taken[least].append(image)
-        loads[least] += costs[image]
-    return tuple(tuple(sorted(images)) for images in taken)
-
-
 def of_pack(store: Store, pack: Pack, sight: Sight, share: Share = WHOLE) -> torch.Tensor | None:
     """The pixels of a pack's images, or of this process's share of them: then perhaps of none."""
     shown = [(picture, str(store.origin(one))) for one in pack for picture in store.pictures(one)]
     rank, degree = share
     if degree == 1 or not shown:
         return pixels(sight, shown)
-    own = shares([math.prod(picture.grid) for picture, _ in shown], degree)[rank]
+    own = share_out([math.prod(picture.grid) for picture, _ in shown], degree)[rank]
     made = pixels(sight, [shown[image] for image in own])
     return torch.from_numpy(sight.eyes.blank()[0][:0]) if made is None else made
 

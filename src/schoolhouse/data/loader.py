@@ -14,6 +14,7 @@ from schoolhouse.data.ahead import WHOLE, Share
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
+from schoolhouse.shares import share_out
 from schoolhouse.types import MicroBatch, Step, Vision
 
 
@@ -83,7 +84,7 @@ def _vision(
     if seen is None:
         return _blank(sight, device)
     grids = [grid for one in pack for grid in store.grids(one)]
-    shares = None if degree == 1 else ahead.shares([math.prod(grid) for grid in grids], degree)
+    shares = None if degree == 1 else share_out([math.prod(grid) for grid in grids], degree)
     return Vision(seen.to(device, non_blocking=True), torch.tensor(grids, device=device), shares=shares)
 
 

@@ -2,11 +2,13 @@
 
 Examples of about the same length are laid side by side, padded on the right to the longest of their group: under a
 causal rule a real query never reaches the padding behind it, so the group needs no mask. What the padding computes
-is dropped. transformers calls `packed_attention` by the name `NAME` and hands our `layout` argument through.
+is dropped. transformers calls `packed_attention` by the name `NAME` and hands our `layout` argument through. Images see
+in both directions: `image_attention`, by the name `IMAGES`, lays those of one size side by side.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from transformers import AttentionInterface
 from schoolhouse.parallel.ulysses import Exchange
 
 NAME = "schoolhouse"
+IMAGES = "schoolhouse_flash_images"
+"""Of vision towers; transformers hands all images of a call at once only to names that hold "flash"."""
 PADDING = 0.2
 """The share of a group's longest example by which the shortest may fall behind it."""
 
@@ -41,21 +45,22 @@ class Layout:
 
 
 def register() -> None:
-    """Make `packed_attention` known to transformers under `NAME`."""
+    """Make both attentions known to transformers under their names."""
     AttentionInterface.register(NAME, packed_attention)
+    AttentionInterface.register(IMAGES, image_attention)
 
 
 def layout(
     boundaries: Sequence[int], device: torch.device, exchange: Exchange | None = None,
-    visual: torch.Tensor | None = None,
+    visual: torch.Tensor | None = None, padding: float = PADDING,
 ) -> Layout:
-    """Group the examples between `boundaries` (E + 1 offsets of the whole sequence) by length.
+    """Group the examples between `boundaries` (E + 1 offsets of the whole sequence) by length, with so much padding.
 
     Runs of `visual` tokens (bool[S]) within an example see one another in both directions, as images do in Gemma 3.
     """
     groups: list[list[tuple[int, int]]] = []
     for start, end in sorted(itertools.pairwise(boundaries), key=lambda span: span[0] - span[1]):
-        if groups and end - start >= (1 - PADDING) * (groups[-1][0][1] - groups[-1][0][0]):
+        if groups and end - start >= (1 - padding) * (groups[-1][0][1] - groups[-1][0][0]):
             groups[-1].append((start, end))
         else:
             groups.append([(start, end)])
@@ -71,8 +76,8 @@ def layout(
     back = torch.empty(boundaries[-1], dtype=torch.int64)
     back[there[real]] = real.nonzero().flatten()
     shapes = tuple((len(members), members[0][1] - members[0][0]) for members in groups)
-    padding = (~real).nonzero().flatten()
-    return Layout(shapes, there.to(device), back.to(device), padding.to(device), tuple(together), exchange)
+    behind = (~real).nonzero().flatten()
+    return Layout(shapes, there.to(device), back.to(device), behind.to(device), tuple(together), exchange)
 
 
 def _runs(visual: torch.Tensor, boundaries: Sequence[int]) -> torch.Tensor:
@@ -120,19 +125,40 @@ def packed_attention(
     return attended.unsqueeze(0), None
 
 
+def image_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, *, cu_seq_lens_q: torch.Tensor, scaling: float | None = None,
+    dropout: float = 0.0, **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention in both directions within each image between the offsets `cu_seq_lens_q` (or each window of one):
+    query, key and value [1, H, P, K] of P patches to [1, P, H, K]."""
+    assert attention_mask is None and query.shape[0] == 1, "images stand behind one another"
+    states = [one[0].transpose(0, 1) for one in (query, key, value)]
+    alike = _alike(tuple(cu_seq_lens_q.tolist()), query.device)
+    return _attend(*states, alike, scaling, dropout, causal=False).unsqueeze(0), None
+
+
+@functools.lru_cache(maxsize=4)
+def _alike(offsets: tuple[int, ...], device: torch.device) -> Layout:
+    """Images in groups of one size: the same for every layer of a tower. Qwen2.5-VL's windows may be empty."""
+    return layout(sorted(set(offsets)), device, padding=0.0)
+
+
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None,
-    dropout: float, sliding_window: int | None, softcap: float | None, s_aux: torch.Tensor | None,
+    dropout: float, sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None,
+    causal: bool = True,
 ) -> torch.Tensor:
     """Attention of the whole sequence: query [S, H, K], key and value [S, H', K'] to [S, H, K']."""
     parts = [_ToGroups.apply(one, layout).split([e * t for e, t in layout.groups]) for one in (query, key, value)]
     outputs = []
     for (examples, length), together, *group in zip(layout.groups, layout.together, *parts, strict=True):
         queries, keys, values = (states.unflatten(0, (examples, length)).transpose(1, 2) for states in group)
-        mask = _mask(length, sliding_window, together, query.device)
+        mask = _mask(length, sliding_window, together, query.device) if causal else None
         if softcap is None and s_aux is None:
             attended = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+                queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling,
+                is_causal=causal and mask is None,
                 enable_gqa=queries.shape[1] != keys.shape[1],
             )
         else:

@@ -16,7 +16,6 @@ from transformers.utils import ModelOutput
 
 from schoolhouse import inert, loss
 from schoolhouse.config import Lora, Model
-from schoolhouse.data import ahead
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
@@ -24,6 +23,7 @@ from schoolhouse.model import attention, families, fourbit, kernels, lora, produ
 from schoolhouse.model.teaching import Drawn, Span, Teaching
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
+from schoolhouse.shares import share_out
 from schoolhouse.types import LossSum, MicroBatch, Vision
 
 
@@ -283,7 +283,7 @@ def _with_image(
     plain = [torch.where(one == seeing.token, (one + 1) % seeing.token, one) for one in sequences]
     places = torch.full((seeing.eyes.tokens(grid),), seeing.token)
     second = torch.cat([plain[1][:2], places, plain[1][2:]])
-    shares = None if mesh.ulysses == 1 else ahead.shares([1], mesh.ulysses)
+    shares = None if mesh.ulysses == 1 else share_out([1], mesh.ulysses)
     seen = torch.from_numpy(pixels if mesh.ulysses_rank == 0 else pixels[:0]).to(place)
     return [plain[0], second], Vision(seen, torch.tensor([grid], device=place), shares=shares)
 

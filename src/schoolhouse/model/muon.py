@@ -4,20 +4,24 @@ Jordan et al., 2024, kellerjordan.github.io/posts/muon; the length is AdamW's us
 2025, arXiv:2502.16982). The same update as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, which cannot take
 matrices that are cut over processes.
 
-Of cut matrices every process keeps its rows of weights and momentum. They are taken in rounds of as many matrices as
-there are processes, those of one size together: each process is handed one whole matrix, and hands its rows of the
-result back to all. So every matrix is computed once, and a process holds one whole matrix at a time.
+Of cut matrices every process keeps its rows of weights and momentum. They are taken in rounds, the largest first: each
+process is handed some whole matrices, as much to compute as any other, and hands back everybody's rows of the results.
+So every matrix is computed once, in few exchanges, and a process holds whole what fits a round. Those of one shape are
+computed together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from schoolhouse.shares import share_out
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration that brings singular values between about 0.7 and 1.2, from 0 fastest (Jordan et al.)."""
@@ -26,6 +30,8 @@ SMALLEST = 1e-7
 """The least norm that a matrix is divided by."""
 STEP = 0.2
 """The root mean square of AdamW's update, to which the update of a matrix is scaled."""
+ROUND = 1 << 24
+"""Numbers of the whole matrices that a process holds in a round; one matrix may have more."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -38,10 +44,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """One update of every matrix that has a gradient: on every process the same ones."""
         moved = [(one, group) for group in self.param_groups for one in group["params"] if one.grad is not None]
-        moved.sort(key=lambda pair: -pair[0].numel())  # the matrices of a round then cost about the same
-        at_once = dist.get_world_size() if any(isinstance(one, DTensor) for one, _ in moved) else 1
-        for start in range(0, len(moved), at_once):
-            members = moved[start : start + at_once]
+        moved.sort(key=lambda pair: -pair[0].numel())
+        for members in _rounds(moved):
             updates = [self._momentum(one, group["momentum"]) for one, group in members]
             for (one, group), update in zip(members, _all([one for one, _ in members], updates), strict=True):
                 own, rate = _own(one), group["lr"]
@@ -57,19 +61,38 @@ class Muon(torch.optim.Optimizer):
         return own.lerp(mean.lerp_(own, 1 - momentum), momentum)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """[A, B]: about U V^T where the matrix is U S V^T, by five Newton-Schulz steps.
+def orthogonal(matrices: Tensor) -> Tensor:
+    """[M, A, B]: of each matrix about U V^T where it is U S V^T, by five Newton-Schulz steps.
 
-    In bfloat16 on an accelerator, as Jordan et al. do; on a CPU, where that is slower, in the matrix's own numbers.
+    In bfloat16 on an accelerator, as Jordan et al. do; on a CPU, where that is slower, in the matrices' own numbers.
     """
     a, b, c = COEFFICIENTS
-    numbers = _numbers(matrix, matrix.device)
-    found = numbers.mT if matrix.shape[0] > matrix.shape[1] else numbers
-    found = found / found.norm().clamp(min=SMALLEST)
+    numbers = _numbers(matrices, matrices.device)
+    found = numbers.mT if matrices.shape[1] > matrices.shape[2] else numbers
+    found = found / found.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST)
     for _ in range(ITERATIONS):
         square = found @ found.mT
-        found = torch.addmm(found, torch.addmm(square, square, square, beta=b, alpha=c), found, beta=a)
-    return found.mT if matrix.shape[0] > matrix.shape[1] else found
+        found = torch.baddbmm(found, torch.baddbmm(square, square, square, beta=b, alpha=c), found, beta=a)
+    return found.mT if matrices.shape[1] > matrices.shape[2] else found
+
+
+def _rounds(moved: Sequence[tuple[Tensor, dict]]) -> Iterator[Sequence[tuple[Tensor, dict]]]:
+    """The matrices of each round: as many as fit, and of cut ones at least one for each process."""
+    world = dist.get_world_size() if any(isinstance(one, DTensor) for one, _ in moved) else 1
+    start, held = 0, 0
+    for place, (one, _) in enumerate(moved):
+        if place - start >= world and held + one.numel() > world * ROUND:
+            yield moved[start:place]
+            start, held = place, 0
+        held += one.numel()
+    if moved:
+        yield moved[start:]
+
+
+def _each(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonal` of each matrix, those of one shape that follow one another together."""
+    alike = (list(some) for _, some in groupby(matrices, lambda one: one.shape))
+    return [one for some in alike for one in orthogonal(torch.stack(some))]
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -83,31 +106,39 @@ def _numbers(tensor: Tensor, place: torch.device) -> Tensor:
 
 
 def _all(matrices: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
-    """`orthogonal` of each update; of cut matrices, at most one a process, this process's rows of the result."""
+    """`orthogonal` of each update; of cut matrices, this process's rows of the results."""
     first = matrices[0]
     if not isinstance(first, DTensor):
-        return [orthogonal(one) for one in updates]
+        return _each(updates)
     place, parts = torch.device(first.device_mesh.device_type), first.device_mesh.shape[-1]
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, everyone = dist.get_rank(), range(dist.get_world_size())
     own = [_numbers(one, place) for one in updates]
-    height, width = matrices[rank].shape if rank < len(matrices) else (0, 0)
-    rows = _rows(height, parts)
-    near = [other // parts == rank // parts for other in range(world)]  # replicas hold the same rows: one set is enough
-    there = [one if is_near else one[:0] for one, is_near in zip(own, near, strict=False)]
-    whole = _exchanged(there, [rows[other % parts] * width * near[other] for other in range(world)])
-    result = orthogonal(whole.view(height, width)).split(rows) if height else [whole] * parts
-    back = _exchanged(result * (world // parts), [one.numel() for one in own])
-    return [part.view(one.shape) for part, one in zip(back.split([one.numel() for one in own]), own, strict=True)]
+    rows = [_rows(one.shape[0], parts) for one in matrices]
+    taken = share_out([one.numel() * min(one.shape) for one in matrices], len(everyone))
+    mine = [matrices[index] for index in taken[rank]]
+    near = [other // parts == rank // parts for other in everyone]  # replicas hold the same rows: one set is enough
+    came = _exchanged(
+        [[own[index] for index in taken[other]] if near[other] else [] for other in everyone],
+        [[rows[index][other % parts] * matrices[index].shape[1] for index in taken[rank]] if near[other] else []
+         for other in everyone], own[0],
+    )
+    whole = [torch.cat(pieces).view(one.shape) for one, *pieces in zip(mine, *filter(None, came), strict=True)]
+    results = [one.split(rows[index]) for index, one in zip(taken[rank], _each(whole), strict=True)]
+    back = _exchanged(
+        [[one[other % parts] for one in results] for other in everyone],
+        [[own[index].numel() for index in taken[other]] for other in everyone], own[0],
+    )
+    found = dict(zip(chain(*taken), chain(*back), strict=True))
+    return [found[index].view(one.shape) for index, one in enumerate(own)]
 
 
-def _exchanged(given: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """The values that come when each process sends its `given[rank]` to `rank`; `sizes` of them come from each."""
-    none = [0] * dist.get_world_size()
-    sent = [one.numel() for one in given]
-    values = torch.cat([one.flatten() for one in given])
-    found = values.new_empty(sum(sizes))
-    dist.all_to_all_single(found, values, [*sizes, *none[len(sizes) :]], [*sent, *none[len(sent) :]])
-    return found
+def _exchanged(given: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], like: Tensor) -> list[list[Tensor]]:
+    """The tensors that come, flat and of `sizes`, from each process when each sends `given[rank]` to `rank`."""
+    values = torch.cat([like.new_empty(0), *(one.flatten() for some in given for one in some)])
+    sent, expected = [sum(one.numel() for one in some) for some in given], [sum(some) for some in sizes]
+    found = values.new_empty(sum(expected))
+    dist.all_to_all_single(found, values, expected, sent)
+    return [list(part.split(some)) if some else [] for part, some in zip(found.split(expected), sizes, strict=True)]
 
 
 def _rows(total: int, parts: int) -> list[int]:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from schoolhouse.data import vision as sights
 from schoolhouse.errors import ConfigError
+from schoolhouse.model import attention
 from schoolhouse.parallel.ulysses import Exchange
 from schoolhouse.types import Vision
 
@@ -56,17 +57,22 @@ def loader(directory: Path) -> type[AutoModelForCausalLM] | type[AutoModelForIma
 
 
 def attentions(directory: Path, name: str) -> str | dict[str, str]:
-    """The attention of each part of a directory's model: a vision tower keeps PyTorch's own, which is not causal."""
+    """The attention that each part of a directory's model is loaded with: of a vision tower, PyTorch's own."""
     return {"": name, "text_config": name, "vision_config": "sdpa"} if sights.sees(directory) else name
 
 
 def attend(model: PreTrainedModel, name: str) -> None:
-    """Set the attention of the language model; a vision tower keeps PyTorch's own, which is not causal."""
+    """Set the attention of the language model. A vision tower's is not causal: our own where images stand behind one
+    another, else PyTorch's."""
     model.set_attn_implementation({"": name, "text_config": name, "vision_config": "sdpa"} if sees(model) else name)
+    if model.config.model_type in PLACED_BY_GRID:  # transformers' setter would look for a kernel of that name
+        model.model.visual.config._attn_implementation = attention.IMAGES
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Let the language model of a model that sees take the blank image, and a part of the embeddings."""
+    """Let the language model of a model that sees take the blank image and a part of the embeddings, and both parts
+    have our attention."""
+    attend(model, attention.NAME)
     model.model.language_model.register_forward_pre_hook(_Before(model.model), with_kwargs=True)
 
 

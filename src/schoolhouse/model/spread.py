@@ -93,6 +93,6 @@ def in_force(student: Student) -> str:
     mesh = student.mesh
     if mesh.world == 1:
         return "one process"
-    parts = mesh.degrees.shard * mesh.ulysses
+    parts, count = mesh.degrees.shard * mesh.ulysses, len(fsdp.groups(student))
     shared = "" if student.exchange is None else f", {student.exchange.calls // 2} attention layers exchange heads"
-    return f"{mesh.world} processes: {mesh.degrees}; {len(fsdp.blocks(student.model))} blocks in {parts} parts{shared}"
+    return f"{mesh.world} processes: {mesh.degrees}; weights in {parts} parts, gathered in {count} groups{shared}"

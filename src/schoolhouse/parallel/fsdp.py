@@ -1,8 +1,9 @@
 """Weights cut over processes (FSDP2; Zhao et al., 2023, arXiv:2304.11277), gradients added by SUM.
 
 Every block of the model is a group of its own: gathered when it is used, let go afterwards, gathered once more for its
-backward, which leaves every process with its part of the added gradient. What remains (embeddings, head, last norm)
-belongs to the student itself, and is whole while its forward runs. Weights, gradient sums and moments are float32.
+backward, which leaves every process with its part of the added gradient. What remains (embeddings, head, last norm, and
+blocks too small to be worth a gathering) belongs to the student itself, and is whole while a micro-batch is computed.
+Weights, gradient sums and moments are float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from schoolhouse.errors import MeshError
 from schoolhouse.parallel.mesh import Mesh
+
+SMALL = 1 << 20
+"""Weights of a block from which on it is a group of its own: fewer are gathered sooner than a message is waited for."""
 
 
 def shard(
@@ -38,10 +42,11 @@ def shard(
     narrow = {"param_dtype": precision, "reduce_dtype": torch.float32} if precision == torch.bfloat16 else {}
     policy = MixedPrecisionPolicy(**narrow, cast_forward_inputs=False)
     place = CPUOffloadPolicy() if offload else OffloadPolicy()
-    for group in (*blocks(student), student):
+    large = [block for block in blocks(student) if sum(one.numel() for one in block.parameters()) >= SMALL]
+    for group in (*large, student):
         _widen(group, kept)
         fully_shard(group, mesh=axes, mp_policy=policy, offload_policy=place, ignored_params=set(kept))
-    in_order = [student, *blocks(student)]
+    in_order = [student, *large]
     for group, before in zip(in_order, [in_order[-1], *in_order[:-1]], strict=True):
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)

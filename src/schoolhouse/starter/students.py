@@ -52,9 +52,9 @@ _STUDENTS: dict[str, dict[str, Any]] = {
         },
         "vision_config": {
             "depth": 2,
-            "hidden_size": 96,
-            "intermediate_size": 192,
-            "num_heads": 3,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
             "patch_size": 8,
             "out_hidden_size": 128,
             "num_position_embeddings": 64,
