@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,6 +114,38 @@ def test_a_long_run_keeps_no_step(tmp_path: Path) -> None:
     assert [next(done).index for _ in range(500)][-1] == 500
     gc.collect()
     assert sum(isinstance(one, PlannedStep) for one in gc.get_objects()) < 100
+
+
+def test_the_next_step_is_made_while_one_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one thread, one step ahead; what goes wrong there is raised where the step was asked for, and the thread ends.
+    """
+    generator = np.random.default_rng(0)
+    kept = write(tmp_path, [[a_row(5, number, generator) for number in range(1, 41)]])
+    plan = Plan(kept.lengths, kept.supervised, kept.supervised_tokens, 8, 64, seed=3)
+    planned, asked, makers, before = plan.step, [], set(), threading.active_count()
+
+    def step(index: int) -> PlannedStep:
+        asked.append(index)
+        makers.add(threading.current_thread())
+        if index == 4:
+            raise ValueError("the fourth")
+        return planned(index)
+
+    monkeypatch.setattr(Plan, "step", lambda _, index: step(index))
+    coming = loader.steps(kept, plan, 1, 9, torch.device("cpu"))
+    assert next(coming).index == 1
+    while len(asked) < 2:  # until it is there
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert asked == [1, 2] and len(makers) == 1 and threading.main_thread() not in makers
+    assert [next(coming).index for _ in range(2)] == [2, 3]
+    with pytest.raises(ValueError, match="the fourth"):
+        next(coming)
+    assert threading.active_count() == before
+    abandoned = loader.steps(kept, plan, 1, 3, torch.device("cpu"))
+    next(abandoned)
+    abandoned.close()
+    assert threading.active_count() == before
 
 
 def a_row(length: int, row: int, generator: np.random.Generator) -> Example:

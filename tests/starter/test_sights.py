@@ -54,9 +54,9 @@ def test_no_picture_of_the_exam_is_trained() -> None:
 
 @pytest.mark.slow
 def test_the_student_learns_to_see(tmp_path: Path) -> None:
-    """At most 10 % of 256 unseen questions before, at least 85 % after: 89.5 % were measured, 90 % are the goal."""
+    """At most 10 % of 256 unseen questions before, at least 90 % after: 93 % were measured."""
     recipe = Path(__file__).parents[2] / "examples" / "sft" / "vlm" / "starter.yaml"
     cli.main(["run", str(recipe), f"directory={tmp_path / 'run'}"])
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     scores = [one["score"] for one in map(json.loads, lines) if one.get("name") == "exam"]
-    assert scores[0] <= 0.1 and scores[-1] >= 0.85
+    assert scores[0] <= 0.1 and scores[-1] >= 0.9

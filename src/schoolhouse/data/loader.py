@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,21 +20,36 @@ from schoolhouse.data.vision import Sight
 from schoolhouse.shares import share_out
 from schoolhouse.types import MicroBatch, Step, Vision
 
+Held = TypeVar("Held", MicroBatch, Vision)
+
 
 def steps(
     store: Store, plan: Plan, first: int, last: int, device: torch.device, *, rank: int = 0, ranks: int = 1,
     sight: Sight | None = None, share: Share = WHOLE,
 ) -> Iterator[Step]:
-    """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them, images decoded ahead:
-    those of this process's share where several work on one pack."""
+    """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them: a thread has the next one
+    ready in host memory, its images decoded, those of this process's share where several work on one pack."""
     assert plan.ranks % ranks == 0, "every rank computes equally many packs"
+    made = _made(store, plan, first, last, device, rank, ranks, sight, share)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, made, None)
+        while (found := coming.result()) is not None:
+            coming = thread.submit(next, made, None)
+            yield Step(found.planned, [_placed(micro, device) for micro in found.micro_batches])
+
+
+def _made(
+    store: Store, plan: Plan, first: int, last: int, device: torch.device, rank: int, ranks: int,
+    sight: Sight | None, share: Share,
+) -> Iterator[Step]:
+    """The steps in host memory."""
     every, coming = itertools.tee(map(plan.step, range(first, last + 1)))
     packs = (pack for planned in coming for pack in planned.packs[rank::ranks])
     seen = pixels(store, packs, sight, -(-plan.examples // ranks), device, share)
     del coming, packs  # where there are no images nobody asks for them, and `tee` would keep every step of the run
     for planned in every:
         mine = planned.packs[rank::ranks]
-        yield Step(planned, [micro_batch(store, pack, device, sight, next(seen), share[1]) for pack in mine])
+        yield Step(planned, [_host_batch(store, pack, sight, next(seen), share[1]) for pack in mine])
 
 
 def pixels(
@@ -50,57 +68,73 @@ def micro_batch(
 ) -> MicroBatch:
     """The examples of a pack end to end with the pixels `seen`, of all images or of the share of one of `degree`
     processes; an empty pack is one token that teaches nothing."""
+    return _placed(_host_batch(store, pack, sight, seen, degree), device)
+
+
+def _host_batch(
+    store: Store, pack: Sequence[int], sight: Sight | None, seen: torch.Tensor | None, degree: int
+) -> MicroBatch:
     if not pack:
-        return _empty(device, sight)
+        return _empty(sight)
     ids, labels, weights = map(np.concatenate, zip(*map(store.tokens, pack), strict=True))
     lengths = store.lengths[list(pack)].tolist()
     return MicroBatch(
-        input_ids=_row(ids.astype(np.int64), device),
-        labels=_row(labels.astype(np.int64), device),
-        weights=_row(weights, device),
-        positions=_positions(store, pack, lengths, device, sight),
+        input_ids=_row(ids.astype(np.int64)),
+        labels=_row(labels.astype(np.int64)),
+        weights=_row(weights),
+        positions=_positions(store, pack, lengths, sight),
         boundaries=tuple(itertools.accumulate(lengths, initial=0)),
-        targets=torch.from_numpy(np.flatnonzero(weights)).to(device),
+        targets=torch.from_numpy(np.flatnonzero(weights)),
         pack=tuple(pack),
         supervised=float(store.supervised[list(pack)].sum()),
-        vision=None if sight is None else _vision(store, pack, device, sight, seen, degree),
+        vision=None if sight is None else _vision(store, pack, sight, seen, degree),
     )
 
 
-def _positions(
-    store: Store, pack: Sequence[int], lengths: Sequence[int], device: torch.device, sight: Sight | None
-) -> torch.Tensor:
+def _placed(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    """A micro-batch in host memory, moved to a device."""
+    if device.type == "cpu":
+        return micro
+    vision = None if micro.vision is None else _moved(micro.vision, device)
+    return replace(_moved(micro, device), vision=vision)
+
+
+def _moved(one: Held, device: torch.device) -> Held:
+    """The record with its own tensors on a device."""
+    values = {each.name: getattr(one, each.name) for each in fields(one)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(one, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+
+def _positions(store: Store, pack: Sequence[int], lengths: Sequence[int], sight: Sight | None) -> torch.Tensor:
     """i64[1, S], or i64[3, 1, S] for a model that places its visual tokens in a grid."""
     if sight is None or not sight.family.placed_by_grid:
-        return _row(np.concatenate([np.arange(length) for length in lengths]), device)
+        return _row(np.concatenate([np.arange(length) for length in lengths]))
     placed = [sight.positions(store.tokens(one)[0], store.grids(one)) for one in pack]
-    return torch.from_numpy(np.concatenate(placed, axis=1)).unsqueeze(1).to(device)
+    return torch.from_numpy(np.concatenate(placed, axis=1)).unsqueeze(1)
 
 
-def _vision(
-    store: Store, pack: Sequence[int], device: torch.device, sight: Sight, seen: torch.Tensor | None, degree: int
-) -> Vision:
+def _vision(store: Store, pack: Sequence[int], sight: Sight, seen: torch.Tensor | None, degree: int) -> Vision:
     """The images of a pack, or the blank one of a pack without."""
     if seen is None:
-        return _blank(sight, device)
+        return _blank(sight)
     grids = [grid for one in pack for grid in store.grids(one)]
     shares = None if degree == 1 else share_out([math.prod(grid) for grid in grids], degree)
-    return Vision(seen.to(device, non_blocking=True), torch.tensor(grids, device=device), shares=shares)
+    return Vision(seen, torch.tensor(grids), shares=shares)
 
 
-def _empty(device: torch.device, sight: Sight | None) -> MicroBatch:
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+def _empty(sight: Sight | None) -> MicroBatch:
+    zero = torch.zeros(1, 1, dtype=torch.int64)
     return MicroBatch(
         input_ids=zero, labels=zero - 100, weights=zero.float(), positions=zero, boundaries=(0, 1),
-        targets=zero[0, :0], pack=(), supervised=0.0,
-        vision=None if sight is None else _blank(sight, device),
+        targets=zero[0, :0], pack=(), supervised=0.0, vision=None if sight is None else _blank(sight),
     )
 
 
-def _blank(sight: Sight, device: torch.device) -> Vision:
+def _blank(sight: Sight) -> Vision:
     pixels, grid = sight.eyes.blank()
-    return Vision(torch.from_numpy(pixels).to(device), torch.tensor([grid], device=device), real=False)
+    return Vision(torch.from_numpy(pixels), torch.tensor([grid]), real=False)
 
 
-def _row(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(values).unsqueeze(0).to(device)
+def _row(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values).unsqueeze(0)
