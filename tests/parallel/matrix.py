@@ -9,6 +9,8 @@ import functools
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 from unittest import mock
 
 import group
@@ -20,12 +22,14 @@ from test_invariance import a_store, example, examples, student
 from torch.distributed.tensor import DTensor
 from true_float64 import TrueFloat64
 
-from schoolhouse import train
+from schoolhouse import places, train
+from schoolhouse.config import Lora, Model
 from schoolhouse.data import loader, plan
 from schoolhouse.data.store import Store
+from schoolhouse.model import fourbit, load
 from schoolhouse.model.load import Student
 from schoolhouse.parallel import fsdp
-from schoolhouse.parallel.mesh import Mesh
+from schoolhouse.parallel.mesh import ALONE, Mesh
 from schoolhouse.types import Example, PlannedStep, Step
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
@@ -100,8 +104,6 @@ def compare(
     one, taught, mesh = made_student(made, narrow), rows(kind), group.mesh(layout)
     wanted_loss, wanted = wanted_of(made, kind)
     if again:
-        from schoolhouse.model import load
-
         load.checkpoint_activations(one.model)
     placed = Student(one.model, mesh)
     with mock.patch.object(fsdp, "SMALL", small):
@@ -122,6 +124,32 @@ def compare(
     return worst
 
 
+def four_bits(layout: group.Layout, base: Path) -> float:
+    """QLoRA, each block a group of its own and recomputed: the largest difference of loss and adapters' gradients from
+    those of one process, in float32, relative to the longest gradient."""
+    mesh, found = group.mesh(layout), []
+    settings = Model(path=str(base), activation_checkpointing=True)
+    for here in (ALONE, mesh):
+        torch.manual_seed(0)
+        model = load.load(base, settings, torch.device("cpu"), Lora(rank=4, alpha=8.0, base="nf4")).model
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.05)
+        placed, kept = Student(model, here), fourbit.matrices(model)
+        if here.world > 1:
+            fsdp.shard(placed, mesh, torch.float32, offload=False, kept=kept)
+            assert len(fsdp.groups(placed)) == 5 and fourbit.matrices(model) == kept
+        loss, _ = train.compute_gradient(placed, step_of(a_store(rows("uneven")), here, "uneven"), seed=0)
+        trained = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
+        whole = {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in trained.items()}
+        found.append((loss, whole))
+    (wanted_loss, wanted), (loss, gradients) = found
+    assert wanted.keys() == gradients.keys()
+    largest = max(float(one.norm()) for one in wanted.values())
+    apart = max(float((gradients[name] - one).norm()) for name, one in wanted.items())
+    return max(abs(loss - wanted_loss) / abs(wanted_loss), apart / largest)
+
+
 def layouts(world: int) -> list[group.Layout]:
     """All ways to put `world` processes on three axes."""
     return [axes for axes in itertools.product(range(1, world + 1), repeat=3) if np.prod(axes) == world]
@@ -129,7 +157,7 @@ def layouts(world: int) -> list[group.Layout]:
 
 def named(world: int) -> dict[str, Callable[[], float]]:
     """Every case of the matrix for `world` processes, by name."""
-    cases = {}
+    cases, base = {}, places.model_directory("starter/qwen3")  # transformers writes a model on rank 0 only, once joined
     for layout, made, kind in itertools.product(layouts(world), STUDENTS, ("uneven", "silent", "few")):
         name = f"{made}, {kind}, {'x'.join(map(str, layout))}"
         cases[name] = functools.partial(compare, made, kind, layout)
@@ -140,6 +168,9 @@ def named(world: int) -> dict[str, Callable[[], float]]:
         cases[name] = functools.partial(compare, "tied", "uneven", layout, narrow=True, again=True)
         name = f"tied, uneven, {'x'.join(map(str, layout))}, blocks together"
         cases[name] = functools.partial(compare, "tied", "uneven", layout, small=1 << 20)
+        if find_spec("torchao"):
+            name = f"4 bits, {'x'.join(map(str, layout))}, float32 recomputed"
+            cases[name] = functools.partial(four_bits, layout, base)
     return cases
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -30,26 +31,35 @@ def steps(
     """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them: a thread has the next one
     ready in host memory, its images decoded, those of this process's share where several work on one pack."""
     assert plan.ranks % ranks == 0, "every rank computes equally many packs"
-    made = _made(store, plan, first, last, device, rank, ranks, sight, share)
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, made, None)
-        while (found := coming.result()) is not None:
+    stopped = threading.Event()
+    made = _made(store, plan, first, last, device, rank, ranks, sight, share, stopped)
+    # the device that is meant by default belongs to a thread
+    at = {} if device.index is None else {
+        "initializer": torch.accelerator.set_device_index, "initargs": (device.index,)}
+    with ThreadPoolExecutor(1, **at) as thread:
+        try:
             coming = thread.submit(next, made, None)
-            yield Step(found.planned, [_placed(micro, device) for micro in found.micro_batches])
+            while (step := coming.result()) is not None:
+                coming = thread.submit(next, made, None)
+                step = Step(step.planned, [_placed(micro, device) for micro in step.micro_batches])
+                yield step
+        finally:
+            stopped.set()
 
 
 def _made(
     store: Store, plan: Plan, first: int, last: int, device: torch.device, rank: int, ranks: int,
-    sight: Sight | None, share: Share,
+    sight: Sight | None, share: Share, stopped: threading.Event,
 ) -> Iterator[Step]:
-    """The steps in host memory."""
+    """The steps in host memory; none once `stopped`."""
     every, coming = itertools.tee(map(plan.step, range(first, last + 1)))
     packs = (pack for planned in coming for pack in planned.packs[rank::ranks])
     seen = pixels(store, packs, sight, -(-plan.examples // ranks), device, share)
     del coming, packs  # where there are no images nobody asks for them, and `tee` would keep every step of the run
     for planned in every:
         mine = planned.packs[rank::ranks]
-        yield Step(planned, [_host_batch(store, pack, sight, next(seen), share[1]) for pack in mine])
+        micros = [_host_batch(store, pack, sight, next(seen), share[1]) for pack in mine if not stopped.is_set()]
+        yield Step(planned, micros)
 
 
 def pixels(

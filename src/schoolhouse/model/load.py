@@ -136,12 +136,13 @@ def device(setting: str, local: int = 0) -> torch.device:
 
 def load(
     directory: Path, settings: Model, place: torch.device, adapters: Lora | None = None, *,
-    number: torch.dtype = torch.float32, narrow_on: torch.device | None = None,
+    number: torch.dtype = torch.float32, computes_on: torch.device | None = None,
 ) -> Student:
     """The model of a directory on `place`, ready to train; raises ModelError where it cannot be exact.
 
     In the number format of its files and on the CPU, weights stay in the files: they are mapped, and take no memory.
-    Matrices in 4 bits are made, and stay, on `narrow_on`, where that is another place.
+    Where it will compute elsewhere, on `computes_on`, matrices in 4 bits are made, and stay, there; kernels and what is
+    recomputed are chosen for it.
     """
     attention.register()
     try:
@@ -164,14 +165,14 @@ def load(
     if adapters is not None:
         lora.inject(model, adapters)
         if adapters.base == "nf4":
-            fourbit.narrow(model, narrow_on or place)
+            fourbit.narrow(model, computes_on or place)
     if settings.new_tokens:
         lora.refuse_frozen_words(model)
     if settings.liger:
-        kernels.fuse(model, place)
+        kernels.fuse(model, computes_on or place)
     (model if place.type == "cpu" else model.to(place)).train()  # it was read on the CPU
     if settings.activation_checkpointing:
-        checkpoint_activations(model, settings.precision)
+        checkpoint_activations(model, settings.precision, computes_on or place)
     return Student(model)
 
 
@@ -202,9 +203,11 @@ def skeleton(directory: Path, adapters: Lora | None, frozen: tuple[str, ...] = (
     return model
 
 
-def checkpoint_activations(model: PreTrainedModel, precision: str = "float32") -> None:
-    """Keep only the input of each block in forward; backward computes the rest again."""
-    again = functools.partial(products.again, model.device, precision)
+def checkpoint_activations(
+    model: PreTrainedModel, precision: str = "float32", place: torch.device | None = None
+) -> None:
+    """Keep only the input of each block in forward; backward computes the rest again, as on `place`, where it will."""
+    again = functools.partial(products.again, place or model.device, precision)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.2x; the new name is not in 5.17
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": again})

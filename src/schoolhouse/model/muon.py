@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """One update of every matrix that has a gradient: on every process the same ones."""
         moved = [(one, group) for group in self.param_groups for one in group["params"] if one.grad is not None]
-        moved.sort(key=lambda pair: -pair[0].numel())
+        moved.sort(key=lambda pair: (-pair[0].numel(), tuple(pair[0].shape)))
         for members in _rounds(moved):
             updates = [self._momentum(one, group["momentum"]) for one, group in members]
             for (one, group), update in zip(members, _all([one for one, _ in members], updates), strict=True):

@@ -39,7 +39,7 @@ def proved(
     _refuse(directory, mesh)
     number = stored(directory)
     source = stacked.directory_of(directory, number)
-    whole = load.load(source, recipe.model, torch.device("cpu"), recipe.lora, number=number, narrow_on=place)
+    whole = load.load(source, recipe.model, torch.device("cpu"), recipe.lora, number=number, computes_on=place)
     kept = fourbit.matrices(whole.model)
     found = None
     if mesh.is_first:

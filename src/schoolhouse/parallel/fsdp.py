@@ -20,7 +20,7 @@ from schoolhouse.errors import MeshError
 from schoolhouse.parallel.mesh import Mesh
 
 SMALL = 1 << 20
-"""Weights of a block from which on it is a group of its own: fewer are gathered sooner than a message is waited for."""
+"""So many weights to be cut make a block a group of its own: fewer are gathered sooner than a message is waited for."""
 
 
 def shard(
@@ -42,7 +42,8 @@ def shard(
     narrow = {"param_dtype": precision, "reduce_dtype": torch.float32} if precision == torch.bfloat16 else {}
     policy = MixedPrecisionPolicy(**narrow, cast_forward_inputs=False)
     place = CPUOffloadPolicy() if offload else OffloadPolicy()
-    large = [block for block in blocks(student) if sum(one.numel() for one in block.parameters()) >= SMALL]
+    cut = ((block, set(block.parameters()) - set(kept)) for block in blocks(student))
+    large = [block for block, parameters in cut if sum(one.numel() for one in parameters) >= SMALL]
     for group in (*large, student):
         _widen(group, kept)
         fully_shard(group, mesh=axes, mp_policy=policy, offload_policy=place, ignored_params=set(kept))
