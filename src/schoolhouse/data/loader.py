@@ -51,7 +51,7 @@ def _made(
     store: Store, plan: Plan, first: int, last: int, device: torch.device, rank: int, ranks: int,
     sight: Sight | None, share: Share, stopped: threading.Event,
 ) -> Iterator[Step]:
-    """The steps in host memory; none once `stopped`."""
+    """The steps in host memory; nobody asks for the one that was being made when `stopped`, and it is left a part."""
     every, coming = itertools.tee(map(plan.step, range(first, last + 1)))
     packs = (pack for planned in coming for pack in planned.packs[rank::ranks])
     seen = pixels(store, packs, sight, -(-plan.examples // ranks), device, share)

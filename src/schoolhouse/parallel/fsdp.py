@@ -9,7 +9,7 @@ Weights, gradient sums and moments are float32.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ SMALL = 1 << 20
 
 
 def shard(
-    student: nn.Module, mesh: Mesh, precision: torch.dtype, *, offload: bool, kept: Collection[nn.Parameter] = ()
+    student: nn.Module, mesh: Mesh, precision: torch.dtype, *, offload: bool, kept: Set[nn.Parameter] = frozenset()
 ) -> None:
     """Cut the weights of a student over the mesh, block by block, and let its gradients be added, not averaged.
 
@@ -42,7 +42,7 @@ def shard(
     narrow = {"param_dtype": precision, "reduce_dtype": torch.float32} if precision == torch.bfloat16 else {}
     policy = MixedPrecisionPolicy(**narrow, cast_forward_inputs=False)
     place = CPUOffloadPolicy() if offload else OffloadPolicy()
-    cut = ((block, set(block.parameters()) - set(kept)) for block in blocks(student))
+    cut = ((block, set(block.parameters()) - kept) for block in blocks(student))
     large = [block for block, parameters in cut if sum(one.numel() for one in parameters) >= SMALL]
     for group in (*large, student):
         _widen(group, kept)
@@ -70,7 +70,7 @@ def groups(student: nn.Module) -> list[FSDPModule]:
 
 
 @contextlib.contextmanager
-def streamed(model: nn.Module, place: torch.device, kept: Collection[nn.Parameter] = ()) -> Iterator[None]:
+def streamed(model: nn.Module, place: torch.device, kept: Set[nn.Parameter] = frozenset()) -> Iterator[None]:
     """Inside, a model whose weights lie in their file runs in float32 on `place`, one block there at a time.
 
     Parameters that are `kept` are there already, in a format of their own.
@@ -105,7 +105,7 @@ def streamed(model: nn.Module, place: torch.device, kept: Collection[nn.Paramete
             hook.remove()
 
 
-def _widen(group: nn.Module, kept: Collection[nn.Parameter]) -> None:
+def _widen(group: nn.Module, kept: Set[nn.Parameter]) -> None:
     """The group's weights in float32 at least; those of groups inside it are so already."""
     for parameter in group.parameters():
         if parameter.is_floating_point() and not isinstance(parameter, DTensor) and parameter not in kept:
