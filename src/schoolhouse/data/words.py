@@ -13,11 +13,14 @@ from __future__ import annotations
 import functools
 import json
 import re
+import unicodedata
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, filterfalse, pairwise
+from itertools import chain, filterfalse
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from schoolhouse.data.pieces import Barrier
 
@@ -63,8 +66,10 @@ class Words:
     """Knows the added token at the beginning of a piece."""
     stages: tuple[Split, ...]
     """One after another they cut a text into words."""
-    known_characters: re.Pattern[str]
-    """Matches the texts whose characters mean the same in both engines."""
+    bare: Tokenizer
+    """The same tokenizer for words alone: it normalizes nothing, cuts no words and finds no added tokens."""
+    strange: str
+    """Letters beyond ASCII that an expression which ignores case counts to ASCII."""
     known: dict[str, bytes] = field(default_factory=dict)
     size: int = 0
     """The characters of all words that are known."""
@@ -100,16 +105,23 @@ class Words:
         return [text[:head], *words] if head else words
 
     def _is_plain(self, text: str) -> bool:
+        """Whether both engines read the characters of a text alike, and the tokenizer takes it as it stands."""
+        if not _known_characters(self.strange).fullmatch(text):
+            return False
         normalizer = self.tokenizer.normalizer
-        return bool(self.known_characters.fullmatch(text)) and (
-            normalizer is None or normalizer.normalize_str(text) == text
-        )
+        if normalizer is None:
+            return True
+        settled = _settled_characters().fullmatch(text)
+        return unicodedata.is_normalized("NFC", text) if settled else normalizer.normalize_str(text) == text
 
     def _learn(self, new: set[str]) -> None:
         """Remember the words that stay whole where they stand alone; a text with another is not cut."""
-        words = [word for word in new if self._cut(word) == [word]]
-        self.known |= zip(words, encoded(self.tokenizer, words), strict=True)
-        self.size += sum(map(len, words))
+        whole = [word for word in new if self._cut(word) == [word]]
+        added = list(filter(self.barrier.plain.__contains__, whole))
+        words = list(filterfalse(self.barrier.plain.__contains__, whole))
+        self.known |= zip(words, encoded(self.bare, words), strict=True)
+        self.known |= zip(added, encoded(self.tokenizer, added), strict=True)
+        self.size += sum(map(len, whole))
 
 
 def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bytes]:
@@ -133,9 +145,9 @@ def words(tokenizer: Tokenizer, barrier: Barrier) -> Words | None:
         return None
     if tokenizer.model.dropout or (tokenizer.normalizer and _settings(tokenizer.normalizer) != {"type": "NFC"}):
         return None
-    stages = _stages(_settings(tokenizer.pre_tokenizer))
-    found = stages and Words(tokenizer, barrier, *stages)
-    return found if found and found.ids(_SAMPLE) == encoded(tokenizer, _SAMPLE) else None
+    found = _words(tokenizer, barrier)
+    sample = list(chain.from_iterable(barrier.split_all(_SAMPLE)))
+    return found if found and found.ids(sample) == encoded(tokenizer, sample) else None
 
 
 def _settings(part: Any) -> dict[str, Any]:
@@ -143,21 +155,36 @@ def _settings(part: Any) -> dict[str, Any]:
     return json.loads(part.__getstate__())
 
 
-def _stages(settings: dict[str, Any]) -> tuple[tuple[Split, ...], re.Pattern[str]] | None:
-    """The first stages, through the one that cuts a line into words, and what they can cut; None for foreign ones."""
+def _words(tokenizer: Tokenizer, barrier: Barrier) -> Words | None:
+    """The first stages of the pre-tokenizer, through the one that cuts a line into words; None for foreign ones."""
+    settings = _settings(tokenizer.pre_tokenizer)
     stages = settings.get("pretokenizers", [settings])
     if any(stage["type"] not in _ALONE or stage.get("add_prefix_space") for stage in stages):
         return None
     splits, sources = [], []
-    for source in map(_source, stages):
+    for number, stage in enumerate(stages):
+        source = _source(stage)
         split = _split(source) if source else None
         if split is None:
             return None
         splits.append(split)
         sources.append(source)
         if len(split(_LINE)) > 1:
-            return tuple(splits), _known_characters(sources)
+            behind = [{**stage, "use_regex": False}] if stage["type"] == "ByteLevel" else []
+            return Words(
+                tokenizer, barrier, tuple(splits), _bare(tokenizer, [*behind, *stages[number + 1 :]]), _strange(sources)
+            )
     return None
+
+
+def _bare(tokenizer: Tokenizer, stages: Sequence[dict[str, Any]]) -> Tokenizer:
+    """The model of a tokenizer behind these stages of its pre-tokenizer."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    bare, rest = Tokenizer(tokenizer.model), pre_tokenizers.Sequence([])
+    rest.__setstate__(json.dumps({"type": "Sequence", "pretokenizers": list(stages)}).encode())
+    bare.pre_tokenizer = rest
+    return bare
 
 
 def _source(stage: dict[str, Any]) -> str | None:
@@ -174,12 +201,13 @@ def _split(source: str) -> Split | None:
     expression = _rewritten(source)
     if expression is None or re.fullmatch(expression, ""):  # nothing is found everywhere
         return None
-    find, cut = re.compile(expression).findall, re.compile(f"({expression})").split
+    find = re.compile(expression).findall
+    cut = functools.cache(lambda: re.compile(f"({expression})").split)  # seldom needed, and long to compile
     covers = "".join(find(_LINE)) == _LINE  # then it mostly finds everything, which is told faster
 
     def split(text: str) -> list[str]:
         found = find(text) if covers else []
-        return found if len("".join(found)) == len(text) else list(filter(None, cut(text)))
+        return found if len("".join(found)) == len(text) else list(filter(None, cut()(text)))
 
     return split
 
@@ -217,20 +245,37 @@ def _members(kind: str) -> str:
     from tokenizers import Regex, normalizers
 
     found = normalizers.Replace(Regex(f"[^{kind}]"), "").normalize_str(_PLANE)
-    return _ranges(sorted(map(ord, found)))
+    return _ranges(list(map(ord, found)))
 
 
 def _ranges(codes: Sequence[int]) -> str:
-    ends = [place for place, (one, other) in enumerate(pairwise(codes), 1) if other != one + 1]
-    runs = ((codes[start], codes[end - 1]) for start, end in pairwise([0, *ends, len(codes)]) if start < end)
-    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in runs)
+    """Sorted codes of characters as ranges in a set."""
+    sorted_ = np.asarray(codes)
+    ends = np.flatnonzero(np.diff(sorted_) != 1)
+    first, last = np.r_[sorted_[:1], sorted_[ends + 1]], np.r_[sorted_[ends], sorted_[-1:]]
+    return "".join(f"\\u{one:04x}-\\u{other:04x}" for one, other in zip(first.tolist(), last.tolist(), strict=True))
 
 
-def _known_characters(sources: Sequence[str]) -> re.Pattern[str]:
-    """Matches texts of the basic plane, without letters that are some of ASCII where an expression ignores case."""
+def _strange(sources: Sequence[str]) -> str:
+    """The letters beyond ASCII that are some of ASCII where one of the expressions ignores case."""
     ignoring = "".join(re.findall(r"\(\?i:([^()]*)\)", "".join(sources))).lower()
-    strange = "".join(letter for letter, same in _FOLDED.items() if same in ignoring)
+    return "".join(letter for letter, same in _FOLDED.items() if same in ignoring)
+
+
+@functools.lru_cache(maxsize=4)
+def _known_characters(strange: str) -> re.Pattern[str]:
+    """Matches texts of the basic plane without strange letters."""
     return re.compile(f"[^\ud800-\udfff\U00010000-\U0010ffff{strange}]*")
+
+
+@functools.cache
+def _settled_characters() -> re.Pattern[str]:
+    """Matches texts of characters that Unicode has had since version 3.2: every later version normalizes them alike.
+
+    (Unicode's stability policy: a text of assigned characters stays normalized.)
+    """
+    category = unicodedata.ucd_3_2_0.category
+    return re.compile(f"[^{_ranges([ord(letter) for letter in _PLANE if category(letter) == 'Cn'])}]*")
 
 
 _PLANE = "".join(map(chr, chain(range(0xD800), range(0xE000, 0x10000))))
