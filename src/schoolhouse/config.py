@@ -158,7 +158,8 @@ class Model(Section):
     """Parts of a model that sees which are not trained: its vision tower, what joins the two, its language model."""
     activation_checkpointing: Switch = False
     """Keep only the input of each block and compute it again in backward: less memory, about a third more time."""
-
+    compile: Switch = False
+    """Each block by torch.compile, for any length: faster after a minute or so of compiling, and less memory."""
     liger: Switch = False
     """Liger's fused kernels for norms, rotary positions and gated layers; CUDA and `schoolhouse[liger]`."""
 

@@ -301,6 +301,7 @@ def _info(
         f"{trainable / parameters:.2%} trained",
         "way": lora.describe(model, recipe.lora) + fourbit.describe(model) if recipe.lora else "full fine-tuning",
         "precision": products.describe(run.student.device, recipe.model.precision),
+        "blocks": load.describe_blocks(recipe.model),
         "objective": run.student.teaching.describe(),
         "optimizer": run.optimizer.describe(),
         "attention": f"packed and isolated; equal to {type(model).__name__}'s own to {difference:.0e}",

@@ -94,6 +94,7 @@ def _together(runs: torch.Tensor, device: torch.device) -> torch.Tensor | None:
     return same.unsqueeze(1).to(device) if runs.any() else None
 
 
+@torch.compiler.disable
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -125,6 +126,7 @@ def packed_attention(
     return attended.unsqueeze(0), None
 
 
+@torch.compiler.disable
 def image_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, *, cu_seq_lens_q: torch.Tensor, scaling: float | None = None,

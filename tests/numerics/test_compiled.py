@@ -1,0 +1,119 @@
+"""Compiled blocks: the same loss and gradient, the same few graphs whatever the lengths, or the setting is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_families import adapters, student
+from test_invariance import PACKS, a_step, examples
+from test_run import LESSON, here
+from torch._dynamo.utils import counters
+
+from schoolhouse import train
+from schoolhouse.errors import ConfigError
+from schoolhouse.model import compiled, load
+from schoolhouse.model.load import Student
+from schoolhouse.starter import miniatures
+
+CPU = torch.device("cpu")
+TRACED = "aot_eager"
+"""Everything of torch.compile but the compiler of kernels, which takes ten times as long."""
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> None:
+    """Nothing is compiled yet, and nothing counted."""
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def gradient(one: Student, rows: list, seed: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a step of several micro-batches, each of other lengths."""
+    found, _ = train.compute_gradient(one, a_step(rows, PACKS["planned"](rows)), seed)
+    return found, {name: each.grad for name, each in one.model.named_parameters() if each.grad is not None}
+
+
+def check(family: str, way: str, backend: str, again: bool = False, **changes: object) -> None:
+    """Of float32, to 1e-5 of the longest gradient: kernels sum in another order (4e-7 was seen)."""
+    rows = examples("fractional", number=8, seed=3)
+    plain, fast = (student(family, adapters(family) if way == "lora" else None, **changes) for _ in range(2))
+    plain.model.float(), fast.model.float()
+    assert compiled.compile_blocks(fast.model, CPU, backend) == fast.model.config.num_hidden_layers
+    if again:
+        load.checkpoint_activations(fast.model)
+    (loss, wanted), (found, gradients) = gradient(plain, rows), gradient(fast, rows)
+    longest = max(float(one.norm()) for one in wanted.values())
+    assert counters["stats"]["unique_graphs"] > 1, "nothing of a block was compiled"
+    assert found == pytest.approx(loss, rel=1e-6) and gradients.keys() == wanted.keys()
+    assert all(float((gradients[name] - one).norm()) < 1e-5 * longest for name, one in wanted.items())
+
+
+def test_compiled_blocks_learn_the_same() -> None:
+    check("qwen3", "full", "inductor")
+
+
+@pytest.mark.parametrize(("family", "way", "again"), [
+    ("gemma3_text", "full", True), ("qwen2", "lora", False), ("qwen3_moe", "full", False),
+])
+def test_with_what_else_there_is(family: str, way: str, again: bool) -> None:
+    check(family, way, TRACED, again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("way", ["full", "lora"])
+@pytest.mark.parametrize("family", miniatures.ARCHITECTURES)
+def test_every_architecture(family: str, way: str, again: bool) -> None:
+    check(family, way, TRACED, again)
+
+
+def test_neither_layers_nor_lengths_are_compiled_again() -> None:
+    """What was compiled for one block and one micro-batch serves all; the count is what a recompilation would raise."""
+    graphs = []
+    for layers in (2, 4):
+        torch._dynamo.reset()
+        counters.clear()
+        one = student("qwen3", num_hidden_layers=layers)
+        one.model.float()
+        compiled.compile_blocks(one.model, CPU, TRACED)
+        for number in (8, 5, 11):
+            gradient(one, examples("fractional", number=number, seed=number))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] <= 5, "two parts of a block, two of its attention, one of its first trial"
+
+
+def test_only_what_is_trained_is_compiled() -> None:
+    one = student("qwen3")
+    one.model.float()
+    compiled.compile_blocks(one.model, CPU, TRACED)
+    before = counters["stats"]["unique_graphs"]
+    assert load.prove(one).difference < 2e-5
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_a_machine_that_cannot_compile_is_told_so() -> None:
+    one = student("qwen3")
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ConfigError, match=r"does not work here: .*No working C\+\+ compiler") as told,
+    ):
+        compiled.compile_blocks(one.model, CPU)
+    assert "model.compile=false" in told.value.remedy
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_run_with_compiled_blocks(tmp_path: Path) -> None:
+    """The command line's switch, with all that a run has: it says so, and learns what the run without it learns."""
+    page, losses = tmp_path / "page.yaml", {}
+    page.write_text(LESSON.replace("steps: 8", "steps: 4"))
+    for name, more in (("plain", ()), ("fast", ("model.compile=true", "model.activation_checkpointing=true"))):
+        here("run", page, f"directory={tmp_path / name}", *more)
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses[name] = [one["loss"] for one in lines if one["kind"] == "step"]
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-4)  # four steps of rounding
+    told = {row["what"]: row["value"] for row in json.loads((tmp_path / "fast" / "run.json").read_text())["in_force"]}
+    assert told["blocks"] == "compiled where they are trained, computed again in backward"
