@@ -27,7 +27,7 @@ from schoolhouse import estimate, fitting, loss, memory, overview, places
 from schoolhouse import recipe as recipes
 from schoolhouse.data import loader, served
 from schoolhouse.data import plan as plans
-from schoolhouse.model import attention, load, lora, sight
+from schoolhouse.model import attention, blocks, load, lora, sight
 from schoolhouse.model.load import Student
 from schoolhouse.model.teaching import Drawn
 from schoolhouse.optim import Optimizer
@@ -110,7 +110,8 @@ def _saved_on_meta(recipe: Any, directory: Path, micro: MicroBatch) -> int:
     if recipe.lora is not None:
         lora.inject(model, recipe.lora)
     if recipe.model.activation_checkpointing:
-        load.checkpoint_activations(model.train(), recipe.model.precision)
+        again = recipe.model.activation_checkpointing == "selective"
+        blocks.compute_again(model.train(), recipe.model.precision, selective=again)
     with _counted(model) as saved:
         Student(model.train()).loss(_without_memory(micro), Drawn(0, 0))
         return sum(saved.values())

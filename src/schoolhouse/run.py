@@ -28,7 +28,7 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.model import flops, fourbit, load, lora, products, spread
+from schoolhouse.model import blocks, flops, fourbit, load, lora, products, spread
 from schoolhouse.model.flops import Work
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
@@ -301,7 +301,7 @@ def _info(
         f"{trainable / parameters:.2%} trained",
         "way": lora.describe(model, recipe.lora) + fourbit.describe(model) if recipe.lora else "full fine-tuning",
         "precision": products.describe(run.student.device, recipe.model.precision),
-        "blocks": load.describe_blocks(recipe.model),
+        "blocks": blocks.describe(recipe.model),
         "objective": run.student.teaching.describe(),
         "optimizer": run.optimizer.describe(),
         "attention": f"packed and isolated; equal to {type(model).__name__}'s own to {difference:.0e}",

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse import train
 from schoolhouse.config import Lora
-from schoolhouse.model import attention, load, lora
+from schoolhouse.model import attention, blocks, load, lora
 from schoolhouse.model.load import Student
 from schoolhouse.starter import miniatures
 
@@ -68,7 +68,7 @@ def test_a_tied_embedding_trained_whole() -> None:
 def test_adapters_and_activation_checkpointing_change_no_bit(family: str) -> None:
     rows, plain = examples("whole", number=8, seed=6), student(family, adapters(family))
     again = student(family, adapters(family))
-    load.checkpoint_activations(again.model)
+    blocks.compute_again(again.model)
     step = a_step(rows, PACKS["planned"](rows))
     assert train.compute_gradient(plain, step, seed=0) == train.compute_gradient(again, step, seed=0)
     gradients = {name: parameter.grad for name, parameter in plain.model.named_parameters() if parameter.requires_grad}

@@ -15,7 +15,7 @@ from true_float64 import TrueFloat64
 
 from schoolhouse import train
 from schoolhouse.data import loader, plan, store
-from schoolhouse.model import attention, load
+from schoolhouse.model import attention, blocks
 from schoolhouse.model.load import Student
 from schoolhouse.types import UNSUPERVISED, Example, Ledger, Origin, PlannedStep, Step
 
@@ -115,7 +115,7 @@ def test_invariance_of_families(family: str) -> None:
 
 def test_activation_checkpointing_changes_no_bit() -> None:
     rows, plain, again = examples("whole", seed=4), student(), student()
-    load.checkpoint_activations(again.model)
+    blocks.compute_again(again.model)
     step = a_step(rows, PACKS["planned"](rows))
     assert train.compute_gradient(plain, step, seed=0) == train.compute_gradient(again, step, seed=0)
     gradients = {name: parameter.grad for name, parameter in plain.model.named_parameters()}

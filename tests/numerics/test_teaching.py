@@ -17,7 +17,7 @@ from schoolhouse import loss, train
 from schoolhouse.config import Train
 from schoolhouse.errors import ConfigError
 from schoolhouse.loss import Head
-from schoolhouse.model import load, teaching
+from schoolhouse.model import blocks, teaching
 from schoolhouse.model.load import Student
 from schoolhouse.model.teaching import Span, Teaching
 
@@ -88,7 +88,7 @@ def test_recomputed_blocks_change_no_bit() -> None:
     """With activation checkpointing the routers' logits leave blocks that are computed twice."""
     rows = examples("whole", number=8, seed=6)
     plain, again = student("qwen3_moe"), student("qwen3_moe")
-    load.checkpoint_activations(again.model)
+    blocks.compute_again(again.model)
     plain.teaching = again.teaching = ALL
     step = a_step(rows, PACKS["planned"](rows))
     assert train.compute_gradient(plain, step, seed=0) == train.compute_gradient(again, step, seed=0)

@@ -26,7 +26,7 @@ from schoolhouse import places, train
 from schoolhouse.config import Lora, Model
 from schoolhouse.data import loader, plan
 from schoolhouse.data.store import Store
-from schoolhouse.model import fourbit, load
+from schoolhouse.model import blocks, fourbit, load
 from schoolhouse.model.load import Student
 from schoolhouse.parallel import fsdp
 from schoolhouse.parallel.mesh import ALONE, Mesh
@@ -104,7 +104,7 @@ def compare(
     one, taught, mesh = made_student(made, narrow), rows(kind), group.mesh(layout)
     wanted_loss, wanted = wanted_of(made, kind)
     if again:
-        load.checkpoint_activations(one.model)
+        blocks.compute_again(one.model)
     placed = Student(one.model, mesh)
     with mock.patch.object(fsdp, "SMALL", small):
         fsdp.shard(placed, mesh, torch.float32 if narrow else torch.float64, offload=False)

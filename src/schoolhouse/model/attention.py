@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from schoolhouse.parallel.ulysses import Exchange
@@ -24,6 +25,11 @@ IMAGES = "schoolhouse_flash_images"
 """Of vision towers; transformers hands all images of a call at once only to names that hold "flash"."""
 PADDING = 0.2
 """The share of a group's longest example by which the shortest may fall behind it."""
+
+ROWS = 512
+"""Queries that are looked at together, at least, where a window is much shorter than an example."""
+SCORES = 1 << 26
+"""The most scores that are written out at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,20 +159,66 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of the whole sequence: query [S, H, K], key and value [S, H', K'] to [S, H, K']."""
     parts = [_ToGroups.apply(one, layout).split([e * t for e, t in layout.groups]) for one in (query, key, value)]
+    rule = _Rule(causal, sliding_window, softcap, s_aux, scaling, dropout)
     outputs = []
     for (examples, length), together, *group in zip(layout.groups, layout.together, *parts, strict=True):
-        queries, keys, values = (states.unflatten(0, (examples, length)).transpose(1, 2) for states in group)
-        mask = _mask(length, sliding_window, together, query.device) if causal else None
-        if softcap is None and s_aux is None:
-            attended = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling,
-                is_causal=causal and mask is None,
-                enable_gqa=queries.shape[1] != keys.shape[1],
-            )
-        else:
-            attended = _explicit(queries, keys, values, mask, scaling, dropout, softcap, s_aux)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        states = (one.unflatten(0, (examples, length)).transpose(1, 2) for one in group)
+        outputs.append(_of_group(*states, together, rule).transpose(1, 2).flatten(0, 1))
     return _FromGroups.apply(torch.cat(outputs), layout)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How the queries of a layer look at keys."""
+
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    scaling: float | None
+    dropout: float
+
+    @property
+    def written_out(self) -> bool:
+        """Whether the scores themselves are needed, which PyTorch's function keeps to itself."""
+        return self.softcap is not None or self.sinks is not None
+
+
+def _of_group(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, together: torch.Tensor | None, rule: _Rule
+) -> torch.Tensor:
+    """Attention of examples of one length [E, H, T, K]: so many queries at a time that nothing grows with T x T.
+
+    Behind a window, keys that none of these queries reaches are not looked at.
+    """
+    examples, heads, length, _ = query.shape
+    window = rule.window if rule.window is not None and rule.window < length else None
+    if window is None and not rule.written_out and (together is None or not rule.causal):
+        return _looked_up(query, key, value, None, rule)
+    rows = length if window is None or length <= 2 * max(window, ROWS) else max(window, ROWS)
+    attend = _looked_up
+    if rule.written_out:
+        rows, attend = min(rows, max(1, SCORES // (examples * heads * length))), _written_out
+        if rows < length and torch.is_grad_enabled():  # one part's scores at a time, in backward too
+            attend = functools.partial(checkpoint, _written_out, use_reentrant=False)
+    outputs = []
+    for first in range(0, length, rows):
+        queries = range(first, min(first + rows, length))
+        reached = slice(max(0, first - window + 1) if window else 0, queries.stop if together is None else length)
+        mask = _mask(queries, range(length)[reached], window, together, query.device)
+        part = query[:, :, first : queries.stop], key[:, :, reached], value[:, :, reached]
+        outputs.append(attend(*part, mask, rule))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+
+def _looked_up(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rule: _Rule
+) -> torch.Tensor:
+    """Attention by PyTorch's own function, which keeps the scores to itself."""
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=rule.dropout, scale=rule.scaling,
+        is_causal=rule.causal and mask is None, enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 class _ToGroups(torch.autograd.Function):
@@ -197,34 +249,33 @@ class _FromGroups(torch.autograd.Function):
 
 
 def _mask(
-    length: int, sliding_window: int | None, together: torch.Tensor | None, device: torch.device
-) -> torch.Tensor | None:
-    """Who sees whom, [T, T] or [E, 1, T, T]; None where plain causality says the same.
+    queries: range, keys: range, window: int | None, together: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Which of these keys each of these queries sees, [Q, K] or [E, 1, Q, K].
 
     What a window leaves out stays out, also of an image that is longer than it.
     """
-    narrow = sliding_window is not None and sliding_window < length
-    if not narrow and together is None:
-        return None
-    distance = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
-    seen = distance >= 0 if together is None else (distance >= 0) | together
-    return seen & (distance < sliding_window) if narrow else seen
+    places = (torch.arange(one.start, one.stop, device=device) for one in (queries, keys))
+    distance = next(places).unsqueeze(1) - next(places)
+    seen = distance >= 0
+    if together is not None:
+        seen = seen | together[:, :, queries.start : queries.stop, keys.start : keys.stop]
+    return seen if window is None else seen & (distance < window)
 
 
-def _explicit(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None,
-    dropout: float, softcap: float | None, sinks: torch.Tensor | None,
+def _written_out(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rule: _Rule
 ) -> torch.Tensor:
     """Attention with its scores written out, for what PyTorch's function does not know."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    length = scores.shape[-1]
-    mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril() if mask is None else mask
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling)
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    keys = scores.shape[-1]
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], -1)
+    if rule.sinks is not None:
+        sinks = rule.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
     shares = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    return F.dropout(shares[..., :length], dropout) @ value
+    return F.dropout(shares[..., :keys], rule.dropout) @ value

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -20,7 +17,7 @@ from schoolhouse.config import Lora, Model
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
-from schoolhouse.model import attention, compiled, families, fourbit, kernels, lora, products, sight, teaching
+from schoolhouse.model import attention, blocks, families, fourbit, kernels, lora, sight, teaching
 from schoolhouse.model.teaching import Drawn, Span, Teaching
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
@@ -173,9 +170,10 @@ def load(
         kernels.fuse(model, computes_on or place)
     (model if place.type == "cpu" else model.to(place)).train()  # it was read on the CPU
     if settings.compile:
-        compiled.compile_blocks(model, computes_on or place)
+        blocks.compile_blocks(model, computes_on or place)
     if settings.activation_checkpointing:
-        checkpoint_activations(model, settings.precision, computes_on or place)
+        selective = settings.activation_checkpointing == "selective"
+        blocks.compute_again(model, settings.precision, computes_on or place, selective=selective)
     return Student(model)
 
 
@@ -204,37 +202,6 @@ def skeleton(directory: Path, adapters: Lora | None, frozen: tuple[str, ...] = (
         if adapters is not None:
             lora.inject(model, adapters)
     return model
-
-
-def checkpoint_activations(
-    model: PreTrainedModel, precision: str = "float32", place: torch.device | None = None
-) -> None:
-    """Keep only the input of each block in forward; backward computes the rest again, as on `place`, where it will.
-
-    (Chen et al., 2016, arXiv:1604.06174.) The block's hooks, such as those that gather its weights, run once.
-    """
-    contexts = functools.partial(products.again, place or model.device, precision)
-    for block in fsdp.blocks(model):
-        block.forward = _computed_again(block.forward, contexts)
-
-
-def describe_blocks(settings: Model) -> str:
-    """What is done to a model's blocks by these settings, each of which is in force or was refused."""
-    done = {
-        "with Liger's kernels": settings.liger, "compiled where they are trained": settings.compile,
-        "computed again in backward": settings.activation_checkpointing,
-    }
-    return ", ".join(what for what, wanted in done.items() if wanted) or "as transformers has them"
-
-
-def _computed_again(forward: Callable, contexts: Callable) -> Callable:
-    @functools.wraps(forward)
-    def either(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-    return either
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""Compiled blocks: the same loss and gradient, the same few graphs whatever the lengths, or the setting is refused."""
+"""Blocks that are compiled, or computed again: the same loss and gradient; or the setting is refused.
+
+The same few graphs serve whatever lengths; matrix products are not repeated where they are kept.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_counts import Calls
 from test_families import adapters, student
 from test_invariance import PACKS, a_step, examples
 from test_run import LESSON, here
 from torch._dynamo.utils import counters
 
 from schoolhouse import train
+from schoolhouse.config import Model
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import compiled, load
+from schoolhouse.model import blocks, load
 from schoolhouse.model.load import Student
 from schoolhouse.starter import miniatures
 
@@ -42,9 +47,9 @@ def check(family: str, way: str, backend: str, again: bool = False, **changes: o
     rows = examples("fractional", number=8, seed=3)
     plain, fast = (student(family, adapters(family) if way == "lora" else None, **changes) for _ in range(2))
     plain.model.float(), fast.model.float()
-    assert compiled.compile_blocks(fast.model, CPU, backend) == fast.model.config.num_hidden_layers
+    assert blocks.compile_blocks(fast.model, CPU, backend) == fast.model.config.num_hidden_layers
     if again:
-        load.checkpoint_activations(fast.model)
+        blocks.compute_again(fast.model)
     (loss, wanted), (found, gradients) = gradient(plain, rows), gradient(fast, rows)
     longest = max(float(one.norm()) for one in wanted.values())
     assert counters["stats"]["unique_graphs"] > 1, "nothing of a block was compiled"
@@ -79,7 +84,7 @@ def test_neither_layers_nor_lengths_are_compiled_again() -> None:
         counters.clear()
         one = student("qwen3", num_hidden_layers=layers)
         one.model.float()
-        compiled.compile_blocks(one.model, CPU, TRACED)
+        blocks.compile_blocks(one.model, CPU, TRACED)
         for number in (8, 5, 11):
             gradient(one, examples("fractional", number=number, seed=number))
         graphs.append(counters["stats"]["unique_graphs"])
@@ -89,7 +94,7 @@ def test_neither_layers_nor_lengths_are_compiled_again() -> None:
 def test_only_what_is_trained_is_compiled() -> None:
     one = student("qwen3")
     one.model.float()
-    compiled.compile_blocks(one.model, CPU, TRACED)
+    blocks.compile_blocks(one.model, CPU, TRACED)
     before = counters["stats"]["unique_graphs"]
     assert load.prove(one).difference < 2e-5
     assert counters["stats"]["unique_graphs"] == before
@@ -101,8 +106,33 @@ def test_a_machine_that_cannot_compile_is_told_so() -> None:
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
         pytest.raises(ConfigError, match=r"does not work here: .*No working C\+\+ compiler") as told,
     ):
-        compiled.compile_blocks(one.model, CPU)
+        blocks.compile_blocks(one.model, CPU)
     assert "model.compile=false" in told.value.remedy
+
+
+@pytest.mark.parametrize(("family", "way"), [("qwen3", "full"), ("gemma3_text", "lora"), ("qwen3_moe", "full")])
+def test_all_but_dear_results_are_computed_again(family: str, way: str) -> None:
+    """Not a bit changes; no product is repeated, other operations are; and less is kept than by forward alone."""
+    rows = examples("fractional", number=8, seed=3)
+    step, found = a_step(rows, PACKS["planned"](rows)), {}
+    for name, selective in (("kept", None), ("again", False), ("selective", True)):
+        one = student(family, adapters(family) if way == "lora" else None)
+        one.model.float()
+        if selective is not None:
+            blocks.compute_again(one.model, selective=selective)
+        with Calls() as calls:
+            loss = train.compute_gradient(one, step, seed=0)
+        gradients = {key: each.grad for key, each in one.model.named_parameters() if each.grad is not None}
+        found[name] = loss, gradients, calls.made
+    (loss, wanted, once), (_, _, twice), (again, gradients, dear) = found.values()
+    assert again == loss and all(torch.equal(gradients[name], one) for name, one in wanted.items())
+    assert dear["aten::mm"] == once["aten::mm"] < twice["aten::mm"]
+    assert once["aten::mul.Tensor"] < dear["aten::mul.Tensor"]
+
+
+def test_compiling_decides_itself_what_is_computed_again() -> None:
+    with pytest.raises(ValueError, match="selective"):
+        Model(path="starter/qwen3", compile=True, activation_checkpointing="selective")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
