@@ -156,9 +156,8 @@ class Model(Section):
     """The most visual tokens of one image; larger images are shrunk. Unset: the limit of the model's own processor."""
     freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
     """Parts of a model that sees which are not trained: its vision tower, what joins the two, its language model."""
-    activation_checkpointing: Switch | Literal["selective"] = False
-    """Keep only the input of each block and compute it again in backward: less memory, about a third more time.
-    `selective` also keeps what its matrix products and attention gave, and computes again what is cheap."""
+    activation_checkpointing: Switch = False
+    """Keep only the input of each block and compute it again in backward: less memory, about a third more time."""
     compile: Switch = False
     """Each block by torch.compile, for any length: faster after a minute or so of compiling, and less memory."""
     liger: Switch = False
@@ -169,13 +168,6 @@ class Model(Section):
         twice = [token for token in self.new_tokens if self.new_tokens.count(token) > 1]
         if twice:
             raise ValueError(f"new_tokens names {twice[0]!r} twice")
-        return self
-
-    @model_validator(mode="after")
-    def _one_who_decides(self) -> Model:
-        if self.compile and self.activation_checkpointing == "selective":
-            raise ValueError("compile decides itself what backward computes again: activation_checkpointing=selective "
-                             "cannot be in force beside it, true or false can")
         return self
 
 

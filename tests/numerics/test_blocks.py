@@ -1,6 +1,6 @@
 """Blocks that are compiled, or computed again: the same loss and gradient; or the setting is refused.
 
-The same few graphs serve whatever lengths; matrix products are not repeated where they are kept.
+The same few graphs serve whatever lengths.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_counts import Calls
 from test_families import adapters, student
 from test_invariance import PACKS, a_step, examples
 from test_run import LESSON, here
 from torch._dynamo.utils import counters
 
 from schoolhouse import train
-from schoolhouse.config import Model
 from schoolhouse.errors import ConfigError
 from schoolhouse.model import blocks, load
 from schoolhouse.model.load import Student
@@ -108,31 +106,6 @@ def test_a_machine_that_cannot_compile_is_told_so() -> None:
     ):
         blocks.compile_blocks(one.model, CPU)
     assert "model.compile=false" in told.value.remedy
-
-
-@pytest.mark.parametrize(("family", "way"), [("qwen3", "full"), ("gemma3_text", "lora"), ("qwen3_moe", "full")])
-def test_all_but_dear_results_are_computed_again(family: str, way: str) -> None:
-    """Not a bit changes; no product is repeated, other operations are; and less is kept than by forward alone."""
-    rows = examples("fractional", number=8, seed=3)
-    step, found = a_step(rows, PACKS["planned"](rows)), {}
-    for name, selective in (("kept", None), ("again", False), ("selective", True)):
-        one = student(family, adapters(family) if way == "lora" else None)
-        one.model.float()
-        if selective is not None:
-            blocks.compute_again(one.model, selective=selective)
-        with Calls() as calls:
-            loss = train.compute_gradient(one, step, seed=0)
-        gradients = {key: each.grad for key, each in one.model.named_parameters() if each.grad is not None}
-        found[name] = loss, gradients, calls.made
-    (loss, wanted, once), (_, _, twice), (again, gradients, dear) = found.values()
-    assert again == loss and all(torch.equal(gradients[name], one) for name, one in wanted.items())
-    assert dear["aten::mm"] == once["aten::mm"] < twice["aten::mm"]
-    assert once["aten::mul.Tensor"] < dear["aten::mul.Tensor"]
-
-
-def test_compiling_decides_itself_what_is_computed_again() -> None:
-    with pytest.raises(ValueError, match="selective"):
-        Model(path="starter/qwen3", compile=True, activation_checkpointing="selective")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -187,7 +187,8 @@ class _Rule:
 def _of_group(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, together: torch.Tensor | None, rule: _Rule
 ) -> torch.Tensor:
-    """Attention of examples of one length [E, H, T, K]: so many queries at a time that nothing grows with T x T.
+    """Attention of examples of one length [E, H, T, K], so many queries at a time that memory grows with T, not T x T
+    (but for pairs of `together`, which are marked one by one).
 
     Behind a window, keys that none of these queries reaches are not looked at.
     """
@@ -196,19 +197,28 @@ def _of_group(
     if window is None and not rule.written_out and (together is None or not rule.causal):
         return _looked_up(query, key, value, None, rule)
     rows = length if window is None or length <= 2 * max(window, ROWS) else max(window, ROWS)
-    attend = _looked_up
+    attend = _masked
     if rule.written_out:
-        rows, attend = min(rows, max(1, SCORES // (examples * heads * length))), _written_out
+        reach = length if window is None or together is not None else min(length, rows + window - 1)
+        rows = min(rows, max(1, SCORES // (examples * heads * reach)))
         if rows < length and torch.is_grad_enabled():  # one part's scores at a time, in backward too
-            attend = functools.partial(checkpoint, _written_out, use_reentrant=False)
+            attend = functools.partial(checkpoint, _masked, use_reentrant=False)
     outputs = []
     for first in range(0, length, rows):
         queries = range(first, min(first + rows, length))
-        reached = slice(max(0, first - window + 1) if window else 0, queries.stop if together is None else length)
-        mask = _mask(queries, range(length)[reached], window, together, query.device)
-        part = query[:, :, first : queries.stop], key[:, :, reached], value[:, :, reached]
-        outputs.append(attend(*part, mask, rule))
+        keys = range(max(0, first - window + 1) if window else 0, queries.stop if together is None else length)
+        part = query[:, :, first : queries.stop], key[:, :, keys.start : keys.stop], value[:, :, keys.start : keys.stop]
+        outputs.append(attend(*part, queries, keys, window, together, rule))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+
+def _masked(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: range, keys: range, window: int | None,
+    together: torch.Tensor | None, rule: _Rule,
+) -> torch.Tensor:
+    """Attention of these queries to these keys, each to those it sees."""
+    mask = _mask(queries, keys, window, together, query.device)
+    return (_written_out if rule.written_out else _looked_up)(query, key, value, mask, rule)
 
 
 def _looked_up(

@@ -172,8 +172,7 @@ def load(
     if settings.compile:
         blocks.compile_blocks(model, computes_on or place)
     if settings.activation_checkpointing:
-        selective = settings.activation_checkpointing == "selective"
-        blocks.compute_again(model, settings.precision, computes_on or place, selective=selective)
+        blocks.compute_again(model, settings.precision, computes_on or place)
     return Student(model)
 
 
