@@ -159,7 +159,7 @@ class Model(Section):
     activation_checkpointing: Switch = False
     """Keep only the input of each block and compute it again in backward: less memory, about a third more time."""
     compile: Switch = False
-    """Each block by torch.compile, for any length: faster after a minute or so of compiling, and less memory."""
+    """Each block by torch.compile, for any length; the first step waits for it. Needs a C++ compiler, or Triton."""
     liger: Switch = False
     """Liger's fused kernels for norms, rotary positions and gated layers; CUDA and `schoolhouse[liger]`."""
 
