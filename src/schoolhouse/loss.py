@@ -17,6 +17,8 @@ from schoolhouse.types import LossSum
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits of one chunk: rows are taken as many at a time as stay under this number of values."""
+CACHED = 1 << 18
+"""Values of a processor's caches: float32 sums take bfloat16 products in pieces of as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +68,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=accurate) if bias is not None and wanted[2] else None
         size = min(max(64, CHUNK_ELEMENTS // len(matrix)), max(1, len(rows)))
         held = rows.new_empty(size, len(matrix), dtype=accurate)  # once for all chunks: fresh pages cost time
+        held_narrow = held if rows.dtype == accurate else rows.new_empty(size, len(matrix))
+        product = None if grad_matrix is None or rows.dtype == accurate else torch.empty_like(matrix)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             logits = held[: len(rows[part])]
-            _logits(rows[part], matrix, bias, scale, softcap, out=logits)
+            narrow = logits if held_narrow is held else held_narrow[: len(rows[part])]
+            torch.mm(rows[part], matrix.T, out=narrow)
+            _cap(_copied(narrow, logits), bias, scale, softcap)
             target, weight = labels[part].unsqueeze(1), weights[part].to(accurate).unsqueeze(1)
             scores, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
             correct += (scores == highest).sum()
@@ -87,11 +93,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad.mul_(slope)
             if scale != 1.0:
                 grad.mul_(scale)
-            narrow = grad.to(rows.dtype)
+            narrow = _copied(grad, narrow)
             if grad_rows is not None:
                 torch.mm(narrow, matrix, out=grad_rows[part])
             if grad_matrix is not None:
-                _add_product(grad_matrix, narrow.T, rows[part], first=start == 0)
+                _add_product(grad_matrix, narrow.T, rows[part], product, first=start == 0)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         if grad_matrix is not None and not len(rows):
@@ -106,18 +112,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None)
 
 
-def _logits(rows, matrix, bias, scale, softcap, out):
-    """Logits [rows, V] into `out`."""
-    if out.dtype == rows.dtype:
-        torch.mm(rows, matrix.T, out=out)
-    else:
-        out.copy_(rows @ matrix.T)
+def _copied(values: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """`into` with these values in its number format; it may be they."""
+    return into if into is values else into.copy_(values)
+
+
+def _cap(logits: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None) -> None:
+    """Make products of rows and matrix the logits [rows, V] they stand for."""
     if bias is not None:
-        out += bias
+        logits += bias
     if scale != 1.0:
-        out *= scale
+        logits *= scale
     if softcap is not None:
-        out.div_(softcap).tanh_().mul_(softcap)
+        logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _slope(logits: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -125,11 +132,20 @@ def _slope(logits: torch.Tensor, softcap: float) -> torch.Tensor:
     return (logits / softcap).square_().neg_().add_(1)
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
-    """total += left @ right, or = for the first, summed in the precision of `total`."""
-    if total.dtype != right.dtype:
-        total.copy_(left @ right) if first else total.add_(left @ right)
-    elif first:
-        torch.mm(left, right, out=total)
-    else:
-        total.addmm_(left, right)
+def _add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, product: torch.Tensor | None, first: bool
+) -> None:
+    """total += left @ right, or = for the first, summed in the precision of `total`; by way of `product` if narrower.
+
+    A processor widens what it adds into a fresh copy: in pieces, which stay in its caches.
+    """
+    if product is None:
+        torch.mm(left, right, out=total) if first else total.addmm_(left, right)
+        return
+    torch.mm(left, right, out=product)
+    if first:
+        total.copy_(product)
+        return
+    rows = len(total) if total.device.type != "cpu" else max(1, CACHED // total.shape[1])
+    for part, more in zip(total.split(rows), product.split(rows), strict=True):
+        part += more

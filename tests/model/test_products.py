@@ -60,25 +60,40 @@ def test_a_linear_layer_is_rounded_once(bias) -> None:
         assert ((narrow.double() - wide).abs() <= ROUNDED * wide.abs() + slack).all()
 
 
-def test_attention_is_rounded_once() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_rounded_once(masked, monkeypatch) -> None:
     torch.manual_seed(0)
-    states = [torch.randn(2, 4, 50, 16, dtype=torch.bfloat16) for _ in range(3)]
-    wanted = F.scaled_dot_product_attention(*(one.double() for one in states), is_causal=True)
-    with products.Wide():
-        found = F.scaled_dot_product_attention(*states, is_causal=True)
-    assert found.dtype == torch.bfloat16
-    assert ((found.double() - wanted).abs() <= ROUNDED * wanted.abs() + 1e-6).all()
+    monkeypatch.setattr(products, "attends_wider", lambda place, length: True)
+    states = [torch.randn(2, 4, 50, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    exact = [one.detach().double().requires_grad_() for one in states]
+    wanted = F.scaled_dot_product_attention(*exact, is_causal=True)
+    mask = torch.ones(50, 50, dtype=torch.bool).tril() if masked else None
+    found = products.attend(*states, mask, is_causal=not masked)
+    above = torch.randn(found.shape, dtype=torch.bfloat16)
+    found.backward(above)
+    wanted.backward(above.double())
+    for narrow, wide in [(found, wanted), *((one.grad, same.grad) for one, same in zip(states, exact, strict=True))]:
+        assert narrow.dtype == torch.bfloat16
+        assert ((narrow.double() - wide).abs() <= ROUNDED * wide.abs() + 1e-5).all()
 
 
-def test_arguments_by_name_and_masks_in_bfloat16() -> None:
-    states = [torch.randn(2, 4, 5, 16, dtype=torch.bfloat16) for _ in range(3)]
-    mask = torch.zeros(5, 5, dtype=torch.bfloat16).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+@pytest.mark.parametrize(("able", "short", "long"), [
+    (X86, True, True),
+    (X86 | {"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True, False),
+    (X86 | {"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, False, False),
+    (X86 | {"architecture": "aarch64"}, False, False),
+])
+def test_attention_is_widened_where_that_is_faster(able, short, long, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    place = torch.device("cpu")
+    assert (products.attends_wider(place, 200), products.attends_wider(place, 2000)) == (short, long)
+    assert not products.attends_wider(torch.device("meta"), 200)
+
+
+def test_arguments_by_name() -> None:
     rows, weight, bias = torch.randn(3, 8).bfloat16(), torch.randn(4, 8).bfloat16(), torch.randn(4).bfloat16()
     with products.Wide():
-        found = F.scaled_dot_product_attention(*states, attn_mask=mask)
-        wanted = F.scaled_dot_product_attention(*states, is_causal=True)
         named, placed = F.linear(rows, weight, bias=bias), F.linear(rows, weight, bias)
-    torch.testing.assert_close(found, wanted, rtol=ROUNDED, atol=1e-6)
     assert torch.equal(named, placed) and named.dtype == torch.bfloat16
 
 

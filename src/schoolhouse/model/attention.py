@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from schoolhouse.model import products
 from schoolhouse.parallel.ulysses import Exchange
 
 NAME = "schoolhouse"
@@ -225,8 +226,8 @@ def _looked_up(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rule: _Rule
 ) -> torch.Tensor:
     """Attention by PyTorch's own function, which keeps the scores to itself."""
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=rule.dropout, scale=rule.scaling,
+    return products.attend(
+        query, key, value, mask, dropout_p=rule.dropout, scale=rule.scaling,
         is_causal=rule.causal and mask is None, enable_gqa=query.shape[1] != key.shape[1],
     )
 
