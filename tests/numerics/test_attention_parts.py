@@ -13,7 +13,7 @@ from test_families import student
 from test_invariance import PACKS, check_equal, examples
 
 from schoolhouse.model import attention
-from schoolhouse.model.attention import _Rule
+from schoolhouse.model.varlen import Rule
 
 LENGTH, WINDOW, HEADS = 1200, 50, 2
 
@@ -49,10 +49,10 @@ def test_parts_where_visual_tokens_see_one_another(small_parts: list[int], tmp_p
 
 
 @pytest.mark.parametrize("rule", [
-    _Rule(True, WINDOW, None, None, None, 0.0), _Rule(True, WINDOW, 5.0, None, None, 0.0),
-    _Rule(True, None, None, torch.zeros(HEADS), None, 0.0),
+    Rule(True, WINDOW, None, None, None, 0.0), Rule(True, WINDOW, 5.0, None, None, 0.0),
+    Rule(True, None, None, torch.zeros(HEADS), None, 0.0),
 ], ids=["window", "window and soft-capping", "sinks"])
-def test_nothing_grows_with_the_square_of_the_length(rule: _Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_grows_with_the_square_of_the_length(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a forward and its backward, the largest tensor that any operation makes."""
     from test_counts import Calls
 

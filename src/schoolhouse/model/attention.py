@@ -3,7 +3,8 @@
 Examples of about the same length are laid side by side, padded on the right to the longest of their group: under a
 causal rule a real query never reaches the padding behind it, so the group needs no mask. What the padding computes
 is dropped. transformers calls `packed_attention` by the name `NAME` and hands our `layout` argument through. Images see
-in both directions: `image_attention`, by the name `IMAGES`, lays those of one size side by side.
+in both directions: `image_attention`, by the name `IMAGES`, lays those of one size side by side. On a CUDA device
+`varlen` has kernels that need no groups.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from schoolhouse.model import products
+from schoolhouse.model import products, varlen
+from schoolhouse.model.varlen import Ends, Rule
 from schoolhouse.parallel.ulysses import Exchange
 
 NAME = "schoolhouse"
@@ -49,6 +51,8 @@ class Layout:
     """bool[E, 1, T, T] of each group: pairs of tokens that see one another beside what is causal; None for none."""
     exchange: Exchange | None = None
     """The way to the processes that hold the other parts of the sequence; None where it is whole here."""
+    ends: Ends | None = None
+    """The same for kernels that need no groups; None where a device has none."""
 
 
 def register() -> None:
@@ -84,7 +88,8 @@ def layout(
     back[there[real]] = real.nonzero().flatten()
     shapes = tuple((len(members), members[0][1] - members[0][0]) for members in groups)
     behind = (~real).nonzero().flatten()
-    return Layout(shapes, there.to(device), back.to(device), behind.to(device), tuple(together), exchange)
+    ends = varlen.ends(boundaries, device, runs) if device.type == "cuda" else None
+    return Layout(shapes, there.to(device), back.to(device), behind.to(device), tuple(together), exchange, ends)
 
 
 def _runs(visual: torch.Tensor, boundaries: Sequence[int]) -> torch.Tensor:
@@ -127,7 +132,7 @@ def packed_attention(
     if layout.exchange is not None:
         states = layout.exchange.to_heads(*states)
         s_aux = None if s_aux is None else layout.exchange.own_heads(s_aux)
-    attended = _attend(*states, layout, scaling, dropout, sliding_window, softcap, s_aux)
+    attended = _attend(*states, layout, Rule(True, sliding_window, softcap, s_aux, scaling, dropout))
     if layout.exchange is not None:
         attended = layout.exchange.to_sequence(attended)
     return attended.unsqueeze(0), None
@@ -144,7 +149,7 @@ def image_attention(
     assert attention_mask is None and query.shape[0] == 1, "images stand behind one another"
     states = [one[0].transpose(0, 1) for one in (query, key, value)]
     alike = _alike(tuple(cu_seq_lens_q.tolist()), query.device)
-    return _attend(*states, alike, scaling, dropout, causal=False).unsqueeze(0), None
+    return _attend(*states, alike, Rule(causal=False, scaling=scaling, dropout=dropout)).unsqueeze(0), None
 
 
 @functools.lru_cache(maxsize=4)
@@ -153,14 +158,12 @@ def _alike(offsets: tuple[int, ...], device: torch.device) -> Layout:
     return layout(sorted(set(offsets)), device, padding=0.0)
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None,
-    dropout: float, sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None,
-    causal: bool = True,
-) -> torch.Tensor:
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, rule: Rule) -> torch.Tensor:
     """Attention of the whole sequence: query [S, H, K], key and value [S, H', K'] to [S, H, K']."""
+    kernel = varlen.kernel(query, value, rule, layout.ends)
+    if kernel is not None:
+        return varlen.attend(kernel, query, key, value, layout.ends, rule)
     parts = [_ToGroups.apply(one, layout).split([e * t for e, t in layout.groups]) for one in (query, key, value)]
-    rule = _Rule(causal, sliding_window, softcap, s_aux, scaling, dropout)
     outputs = []
     for (examples, length), together, *group in zip(layout.groups, layout.together, *parts, strict=True):
         states = (one.unflatten(0, (examples, length)).transpose(1, 2) for one in group)
@@ -168,25 +171,8 @@ def _attend(
     return _FromGroups.apply(torch.cat(outputs), layout)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """How the queries of a layer look at keys."""
-
-    causal: bool
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-    scaling: float | None
-    dropout: float
-
-    @property
-    def written_out(self) -> bool:
-        """Whether the scores themselves are needed, which PyTorch's function keeps to itself."""
-        return self.softcap is not None or self.sinks is not None
-
-
 def _of_group(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, together: torch.Tensor | None, rule: _Rule
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, together: torch.Tensor | None, rule: Rule
 ) -> torch.Tensor:
     """Attention of examples of one length [E, H, T, K], so many queries at a time that memory grows with T, not T x T
     (but for pairs of `together`, which are marked one by one).
@@ -215,7 +201,7 @@ def _of_group(
 
 def _masked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: range, keys: range, window: int | None,
-    together: torch.Tensor | None, rule: _Rule,
+    together: torch.Tensor | None, rule: Rule,
 ) -> torch.Tensor:
     """Attention of these queries to these keys, each to those it sees."""
     mask = _mask(queries, keys, window, together, query.device)
@@ -223,7 +209,7 @@ def _masked(
 
 
 def _looked_up(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rule: _Rule
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rule: Rule
 ) -> torch.Tensor:
     """Attention by PyTorch's own function, which keeps the scores to itself."""
     return products.attend(
@@ -275,7 +261,7 @@ def _mask(
 
 
 def _written_out(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rule: _Rule
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rule: Rule
 ) -> torch.Tensor:
     """Attention with its scores written out, for what PyTorch's function does not know."""
     repeats = query.shape[1] // key.shape[1]
