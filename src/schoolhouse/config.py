@@ -162,12 +162,17 @@ class Model(Section):
     """Each block by torch.compile, for any length; the first step waits for it. Needs a C++ compiler, or Triton."""
     liger: Switch = False
     """Liger's fused kernels for norms, rotary positions and gated layers; CUDA and `schoolhouse[liger]`."""
+    float8: Switch = False
+    """Matrix products of the blocks in float8, with a scale for every row; precision bfloat16, no lora, CUDA from
+    compute capability 8.9 and `schoolhouse[float8]`."""
 
     @model_validator(mode="after")
     def _new_once(self) -> Model:
         twice = [token for token in self.new_tokens if self.new_tokens.count(token) > 1]
         if twice:
             raise ValueError(f"new_tokens names {twice[0]!r} twice")
+        if self.float8 and self.precision != "bfloat16":
+            raise ValueError("float8 needs precision=bfloat16")
         return self
 
 
@@ -361,6 +366,8 @@ class Recipe(Section):
             raise ValueError("batch.tokens=auto needs data.max_tokens, the longest example that must fit")
         if longest is not None and longest > self.micro_batch:
             raise ValueError(f"data.max_tokens ({longest}) must not exceed batch.tokens ({self.batch.tokens})")
+        if self.model.float8 and self.lora is not None:
+            raise ValueError("model.float8 is for full fine-tuning: leave it or lora out")
         if self.validation.every and self.data.validation is None:
             raise ValueError("validation.every needs data.validation")
         if self.exam.data is not None and self.exam.data.proportion is not None:

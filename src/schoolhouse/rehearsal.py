@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, path: Path, processes: int) -> Rehearsal:
     _empty(place)
     model, of = _student(recipe, place)
     values = recipe.model_dump(mode="json")
-    values["model"] |= {"path": model, "revision": None, "liger": False, "compile": False}
+    values["model"] |= {"path": model, "revision": None, "liger": False, "float8": False, "compile": False}
     values |= {"directory": str(place / "run"), "device": "cpu", "parallel": _degrees(recipe, processes)}
     values["data"] |= _data(recipe, place, seeing="-vl" in model)
     values["data"] |= {"cache": str(place / "cache"), "workers": 1}
@@ -74,7 +74,7 @@ def prepare(recipe: Recipe, path: Path, processes: int) -> Rehearsal:
     page.write_text(recipes.dump(Recipe.model_validate(values)), encoding="utf-8")
     before, after = recipes.flat(recipe.model_dump(mode="json")), recipes.flat(values)
     other = [f"{key} {before.get(key)} → {after[key]}" for key in after if before.get(key) != after[key]]
-    told = ("batch.", "parallel.", "train.", "exam.max", "model.liger", "model.compile")
+    told = ("batch.", "parallel.", "train.", "exam.max", "model.liger", "model.float8", "model.compile")
     sizes = [one for one in other if one.startswith(told)]
     return Rehearsal(page, place / "run", (of, *sizes))
 

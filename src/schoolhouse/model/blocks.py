@@ -38,7 +38,7 @@ def compile_blocks(model: nn.Module, place: torch.device, backend: str = "induct
         )
     _try(place, backend)
     for block in blocks:
-        block.forward = _where_trained(torch.compile(block.forward, dynamic=True, backend=backend), block.forward)
+        block.forward = where_trained(torch.compile(block.forward, dynamic=True, backend=backend), block.forward)
     return len(blocks)
 
 
@@ -47,19 +47,20 @@ def compute_again(model: nn.Module, precision: str = "float32", place: torch.dev
     contexts = functools.partial(products.again, place or next(model.parameters()).device, precision)
     for block in fsdp.blocks(model):
         kept = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
-        block.forward = _where_trained(kept, block.forward)
+        block.forward = where_trained(kept, block.forward)
 
 
 def describe(settings: Model) -> str:
     """What is done to a model's blocks by these settings, each of which is in force or was refused."""
     done = {
-        "with Liger's kernels": settings.liger, "compiled where they are trained": settings.compile,
+        "with Liger's kernels": settings.liger, "multiplied in float8 where they are trained": settings.float8,
+        "compiled where they are trained": settings.compile,
         "computed again in backward": settings.activation_checkpointing,
     }
     return ", ".join(what for what, wanted in done.items() if wanted) or "as transformers has them"
 
 
-def _where_trained(forward: Callable, otherwise: Callable) -> Callable:
+def where_trained(forward: Callable, otherwise: Callable) -> Callable:
     """The one way where gradients are computed, else the other."""
 
     @functools.wraps(otherwise)

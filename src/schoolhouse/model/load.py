@@ -17,7 +17,7 @@ from schoolhouse.config import Lora, Model
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
-from schoolhouse.model import attention, blocks, families, fourbit, kernels, lora, sight, teaching
+from schoolhouse.model import attention, blocks, families, float8, fourbit, kernels, lora, sight, teaching
 from schoolhouse.model.teaching import Drawn, Span, Teaching
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
@@ -168,6 +168,8 @@ def load(
         lora.refuse_frozen_words(model)
     if settings.liger:
         kernels.fuse(model, computes_on or place)
+    if settings.float8:
+        float8.narrow(model, computes_on or place)
     (model if place.type == "cpu" else model.to(place)).train()  # it was read on the CPU
     if settings.compile:
         blocks.compile_blocks(model, computes_on or place)
