@@ -147,7 +147,8 @@ def _counted(model: torch.nn.Module) -> Iterator[dict[int, int]]:
 
 def _chunk(student: Student, micro: MicroBatch) -> int:
     """Logits that the loss has at a time."""
-    return min(len(micro.targets) * student.vocabulary, loss.CHUNK_ELEMENTS)
+    rows = min(len(micro.targets), loss.chunk_rows(student.vocabulary, student.device))
+    return rows * student.vocabulary
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

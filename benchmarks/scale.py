@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 NARROW, WIDE = 2, 4
 """Bytes of a bfloat16 and of a float32 value."""
-CHUNK = 1 << 24
-"""Logits that the loss makes at a time (`loss.CHUNK_ELEMENTS`)."""
+CHUNK = 1 << 27
+"""Logits that the loss makes at a time (`loss.ON_ACCELERATOR`)."""
 ROOM = 0.9
 """The share of a device's memory that is planned with; the rest is the allocator's."""
 SHARDED = 64

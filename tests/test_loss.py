@@ -86,6 +86,7 @@ def check_equal(case: Case, above: float = 1.0) -> None:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fewest rows at a time, so that even small cases are computed in several chunks."""
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(loss, "LEAST_ROWS", 64)
 
 
 @settings(max_examples=60, deadline=None)

@@ -67,7 +67,7 @@ class Rehearsal:
         seen = next(iter(loader.pixels(self.store, iter([pack]), self.sight, len(pack), student.device, share)))
         micro = loader.micro_batch(self.store, pack, student.device, self.sight, seen, share[1])
         fsdp.expect(student, last=True)
-        (student.loss(micro, Drawn(0, 0)).nll / micro.supervised).backward()
+        student.loss(micro, Drawn(0, 0), micro.supervised).backward()
         self.optimizer.clip()
         self.optimizer.step(0.0)
 

@@ -32,6 +32,7 @@ class Optimizer:
         self._copies = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._settings = settings
         self.masters: Mapping[str, Tensor] = self._copies
+        self._names = {copy: name for name, copy in self._copies.items()}
         if precision == "bfloat16":
             self.masters = {name: copy.detach().clone() for name, copy in self._copies.items()}
             _narrow(model)
@@ -77,6 +78,15 @@ class Optimizer:
         if self._settings.clip is not None:
             nn.utils.clip_grads_with_norm_(tensors, self._settings.clip, norm)
         return norm
+
+    def total(self, parameter: Tensor) -> Tensor | None:
+        """The sum of a trained parameter's gradients so far, in float32, to be added to; None for one not trained."""
+        name = self._names.get(parameter)
+        if name is None:
+            return None
+        if self.masters[name].grad is None:
+            self.masters[name].grad = torch.zeros_like(self.masters[name])
+        return self.masters[name].grad
 
     def forget(self) -> None:
         """Drop the gradient; weights and moments stay what they are."""
@@ -208,7 +218,9 @@ def _move_gradient(master: Tensor):
 
     @torch.no_grad()
     def move(copy: Tensor) -> None:
-        wide = copy.grad.to(master.dtype)
+        if copy.grad is None:  # it was added to the master's in place
+            return
+        wide = copy.grad.to(master.dtype)  # of an embedding, the rows it met, which are added to a sum that is there
         master.grad = wide if master.grad is None else master.grad.add_(wide)
         copy.grad = None
 

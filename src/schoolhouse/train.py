@@ -91,8 +91,8 @@ def compute_gradient(student: Student, step: Step, seed: int) -> tuple[float, in
     for micro in step.micro_batches:
         torch.manual_seed(_key(seed, step.index, micro.pack, mesh.ulysses_rank))
         fsdp.expect(student, last=micro is step.micro_batches[-1])
-        loss = student.loss(micro, Drawn(seed, step.index))
-        (loss.nll / step.supervised).backward()
+        loss = student.loss(micro, Drawn(seed, step.index), step.supervised)
+        loss.backward()
         sums += torch.stack([loss.nll.detach(), loss.correct, loss.supervised, torch.full_like(sums[0], loss.tokens)])
     nll, correct, weight, delivered = mesh.sum(sums).tolist()
     promised = step.planned.supervised_tokens

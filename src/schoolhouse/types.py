@@ -252,6 +252,12 @@ class LossSum:
     """f64 scalar: the sum of weights that met the vocabulary."""
     tokens: int
     """The number of supervised positions that met the vocabulary."""
+    share: float = 1.0
+    """What its gradient counts: 1 / N of a step, whose gradients are added up."""
+
+    def backward(self) -> None:
+        """Add `share` x the gradient of `nll` to what weights have."""
+        (self.nll * self.share).backward()
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ def test_the_exchange_sends_what_the_formula_says(
 
 
 def test_the_loss_makes_as_many_logits_as_planned(scale: ModuleType) -> None:
-    assert scale.CHUNK == loss.CHUNK_ELEMENTS
+    assert scale.CHUNK == loss.ON_ACCELERATOR
 
 
 def test_more_processes_never_hold_more(scale: ModuleType) -> None:

@@ -27,8 +27,9 @@ ALL = Teaching(smoothing=0.1, noise=5.0, balance=0.3)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("head", [{}, {"softcap": 2.0, "scale": 0.7}], ids=["plain", "capped"])
 def test_smoothing_is_pytorchs(smoothing: float, head: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients of `F.cross_entropy(label_smoothing=…)`, weighted, in chunks of two rows."""
+    """Loss and gradients of `F.cross_entropy(label_smoothing=…)`, weighted, in chunks of 64 rows."""
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(loss, "LEAST_ROWS", 64)
     torch.manual_seed(0)
     hidden = torch.randn(1, 150, 8, dtype=torch.float64, requires_grad=True)
     matrix = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)

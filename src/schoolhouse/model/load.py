@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,8 @@ class Student(nn.Module):
         self.exchange = ulysses.exchange(mesh)
         self.teaching = Teaching()
         """What a step that teaches adds to the plain loss."""
+        self.totals: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None
+        """Where the gradients of a trained table of tokens are summed up, if they may be added there in place."""
 
     @property
     def device(self) -> torch.device:
@@ -54,20 +56,33 @@ class Student(nn.Module):
         """The model's way from hidden states to logits, with the weights as they stand now."""
         return families.head(self.model)
 
-    def loss(self, micro: MicroBatch, drawn: Drawn | None = None) -> LossSum:
+    def add_in_place(self, totals: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        """Have the gradients of embedding and head added to `totals` of them while they are made, instead of filling
+        matrices as large as the vocabulary in every micro-batch; on a processor an embedding's has the rows that it
+        met."""
+        self.totals = totals
+        embeddings = self.model.get_input_embeddings()
+        if self.device.type == "cpu" and isinstance(embeddings, nn.Embedding) and embeddings.weight.requires_grad:
+            embeddings.sparse = True
+
+    def loss(self, micro: MicroBatch, drawn: Drawn | None = None, supervised: float = 1.0) -> LossSum:
         """The loss of this process's part of a micro-batch [1, S]; only supervised positions meet the vocabulary.
 
         With `drawn`, the step whose random numbers are meant, it is what the step teaches (`self.teaching`); without,
-        it is the plain loss.
+        it is the plain loss. Its gradient counts 1 / `supervised`, the weight of the step.
         """
-        part = ulysses.split(micro, self.mesh)
-        nll, correct, supervised = self(part, drawn, _worth(micro, part) if self.teaching.balance else None)
-        return LossSum(nll, correct, supervised, len(part.targets))
+        part, share = ulysses.split(micro, self.mesh), 1.0 / supervised
+        nll, correct, weight = self(part, drawn, _worth(micro, part) if self.teaching.balance else None, share)
+        return LossSum(nll, correct, weight, len(part.targets), share)
 
     def forward(
-        self, part: MicroBatch, drawn: Drawn | None = None, worth: torch.Tensor | None = None
+        self, part: MicroBatch, drawn: Drawn | None = None, worth: torch.Tensor | None = None, share: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, correct targets and supervised weight of this process's part [1, S / U]; `worth` [E] of examples."""
+        head = self.head
+        totals = [None, None]
+        if torch.is_grad_enabled():
+            totals = [self.totals(one) for one in (head.weight, self.model.get_input_embeddings().weight)]
         added = Teaching() if drawn is None else self.teaching
         length = part.labels.shape[1]
         span = Span(part.boundaries, length * self.mesh.ulysses_rank, length)
@@ -90,7 +105,7 @@ class Student(nn.Module):
                 **sight.inputs(self.model, part.vision, part.input_ids, self.exchange),
             )
         found = loss.linear_cross_entropy(
-            out.last_hidden_state, self.head, part.labels, part.weights, part.targets, added.smoothing
+            out.last_hidden_state, head, part.labels, part.weights, part.targets, added.smoothing, totals[0], share
         )
         nll = found.nll + self._balance(out, worth, span, added.balance) if added.balance else found.nll
         return nll, found.correct, found.supervised
