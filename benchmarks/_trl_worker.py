@@ -1,4 +1,5 @@
-"""One measurement of TRL's `SFTTrainer` in a process of its own; `throughput.py` starts it and reads its JSON line."""
+"""One measurement of TRL's `SFTTrainer`, or of transformers' `Trainer`, in a process of its own; `throughput.py` starts
+it and reads its JSON line."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 NUMBERS = {"float32": (torch.float32, False), "autocast": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
@@ -39,8 +47,8 @@ class Clock(TrainerCallback):
         self._last = now
 
 
-class CountingTrainer(SFTTrainer):
-    """`SFTTrainer` that notes the tokens and the loss of every micro-batch."""
+class Counting:
+    """A trainer that notes the tokens and the loss of every micro-batch."""
 
     counts: list[tuple[int, dict[str, float]]]
 
@@ -52,6 +60,14 @@ class CountingTrainer(SFTTrainer):
         counted = {"tokens": int(real), "supervised_tokens": int(supervised), "loss": float(loss)}
         self.counts.append((self.state.global_step, counted))
         return loss
+
+
+class CountingTRL(Counting, SFTTrainer):
+    """TRL's."""
+
+
+class CountingTrainer(Counting, Trainer):
+    """transformers' own."""
 
 
 def main() -> None:
@@ -70,6 +86,7 @@ def parse() -> argparse.Namespace:
     """The command line that `throughput.py` writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="directory with model/ and tokens.jsonl")
+    parser.add_argument("--program", choices=["TRL", "Trainer"], default="TRL")
     parser.add_argument("--layout", choices=["padded", "padding_free", "packed"], required=True)
     parser.add_argument("--size", type=int, required=True, help="rows of a micro-batch; packed: tokens of a pack")
     parser.add_argument("--numbers", choices=list(NUMBERS), required=True)
@@ -81,31 +98,46 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(arguments: argparse.Namespace) -> tuple[CountingTrainer, Clock]:
+def build(arguments: argparse.Namespace) -> tuple[Counting, Clock]:
     """The trainer on pre-tokenized rows."""
     rows = [json.loads(line) for line in (arguments.work / "tokens.jsonl").read_text().splitlines()]
     place = arguments.work / "model"
     dtype, _ = NUMBERS[arguments.numbers]
-    clock = Clock()
-    trainer = CountingTrainer(
-        model=AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation="sdpa"),
-        args=settings(arguments, rows), train_dataset=Dataset.from_list(rows), callbacks=[clock],
-        processing_class=AutoTokenizer.from_pretrained(place),
-    )
+    clock, tokenizer = Clock(), AutoTokenizer.from_pretrained(place)
+    given = {
+        "model": AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation="sdpa"),
+        "train_dataset": Dataset.from_list(rows), "callbacks": [clock], "processing_class": tokenizer,
+    }
+    if arguments.program == "TRL":
+        trainer = CountingTRL(args=settings(arguments, rows), **given)
+    else:
+        trainer = CountingTrainer(args=plain(arguments), data_collator=DataCollatorForSeq2Seq(tokenizer), **given)
     trainer.counts = []
     return trainer, clock
 
 
+def plain(arguments: argparse.Namespace) -> TrainingArguments:
+    """The same for transformers' `Trainer`: padded rows of similar length, and its own loss, over every position."""
+    return TrainingArguments(**common(arguments), per_device_train_batch_size=arguments.size,
+                             gradient_accumulation_steps=arguments.examples // arguments.size,
+                             train_sampling_strategy="group_by_length")
+
+
 def settings(arguments: argparse.Namespace, rows: list[Row]) -> SFTConfig:
+    """TRL's layout, with its loss of supervised positions only."""
+    return SFTConfig(**layout(arguments, rows), **common(arguments), loss_type="chunked_nll")
+
+
+def common(arguments: argparse.Namespace) -> dict[str, Any]:
     """One pass with schoolhouse's optimizer and clipping, and everything off that is not training."""
     _, autocast = NUMBERS[arguments.numbers]
-    return SFTConfig(
-        **layout(arguments, rows), output_dir=str(arguments.work / "trl"), num_train_epochs=1,
-        max_steps=arguments.steps, bf16=autocast, gradient_checkpointing=False, loss_type="chunked_nll",
-        optim="adamw_torch_fused", learning_rate=arguments.learning_rate, lr_scheduler_type="constant",
-        weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, max_grad_norm=1.0,
-        use_cpu=True, dataloader_num_workers=0, dataloader_pin_memory=False,
-        logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
+    return dict(
+        output_dir=str(arguments.work / arguments.program), num_train_epochs=1, max_steps=arguments.steps,
+        bf16=autocast, gradient_checkpointing=False, optim="adamw_torch_fused",
+        learning_rate=arguments.learning_rate, lr_scheduler_type="constant", weight_decay=0.01, adam_beta1=0.9,
+        adam_beta2=0.95, adam_epsilon=1e-8, max_grad_norm=1.0, use_cpu=True, dataloader_num_workers=0,
+        dataloader_pin_memory=False, logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none",
+        disable_tqdm=True,
     )
 
 
@@ -122,7 +154,7 @@ def layout(arguments: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
             "gradient_accumulation_steps": arguments.examples // size}
 
 
-def isolation(trainer: CountingTrainer, tokens: int = 64) -> dict[str, float]:
+def isolation(trainer: Counting, tokens: int = 64) -> dict[str, float]:
     """Largest difference of an example's hidden states behind another in TRL's batch from those it has alone.
 
     The control has positions that do not restart, which is how TRL's batch would look to a model that cannot tell.
@@ -139,7 +171,7 @@ def isolation(trainer: CountingTrainer, tokens: int = 64) -> dict[str, float]:
     return {name: float(error.abs().max()) for name, error in errors.items()}
 
 
-def steps(trainer: CountingTrainer, clock: Clock) -> list[dict[str, float]]:
+def steps(trainer: Counting, clock: Clock) -> list[dict[str, float]]:
     """One record an optimizer step: its seconds and the sums of its micro-batches."""
     records = [{"seconds": seconds, "tokens": 0, "supervised_tokens": 0, "loss": 0.0} for seconds in clock.seconds]
     for step, counted in trainer.counts:

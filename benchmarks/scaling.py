@@ -1,6 +1,8 @@
-"""How work grows: with the length of an example, with the vocabulary, with the width; and how evenly ranks share it.
+"""How work grows: with the length of an example, with the vocabulary, with the width, with the rows; and how evenly
+ranks share it.
 
     python benchmarks/scaling.py length vocabulary width      a small Qwen2 on this machine, one process a point
+    python benchmarks/scaling.py rows                         the command itself, on files of a lesson's rows
     python benchmarks/scaling.py balance --rows ROWS.jsonl --tokenizer DIRECTORY
 
 `balance` computes nothing but plans: what a round of packs lasts against the mean of its ranks, in the plan's own cost
@@ -12,10 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +32,11 @@ POINTS = {
     "width": [(2048, 4096, width) for width in (128, 256, 512, 1024)],
 }
 """Tokens of the one example of a micro-batch, entries of the vocabulary, hidden size."""
+ROWS = (1_000, 10_000, 100_000, 1_000_000)
+"""Rows of the file that a student is taught from."""
+RUN_STEPS, WARM_UP = 60, 10
+"""Steps of each run, and those at its beginning that are not counted."""
+RECIPE = "examples/sft/gsm8k/starter.yaml"
 LAYOUTS = ((2, 32), (4, 64), (8, 128), (8, 256), (32, 1024), (64, 2048))
 """Ranks, and examples in a step."""
 STEPS = 40
@@ -36,7 +45,8 @@ STEPS = 40
 def main() -> None:
     """Measure what is asked for, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*POINTS, "balance"], default=[*POINTS, "balance"])
+    parser.add_argument("what", nargs="*", choices=[*POINTS, "rows", "balance"],
+                        default=[*POINTS, "rows", "balance"])
     parser.add_argument("--rows", type=Path, help="JSONL whose rows, as text, give real lengths for `balance`")
     parser.add_argument("--tokenizer", type=Path, help="directory with tokenizer.json")
     parser.add_argument("--json", type=Path)
@@ -48,7 +58,8 @@ def main() -> None:
     found: dict[str, list[dict]] = {}
     for what in options.what:
         found[what] = []
-        for row in balances(options.rows, options.tokenizer) if what == "balance" else points(what):
+        asked = {"balance": lambda: balances(options.rows, options.tokenizer), "rows": grown}
+        for row in asked.get(what, lambda what=what: points(what))():
             found[what].append(row)
             print(what, *(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value}"
                           for name, value in row.items()), sep="  ", flush=True)
@@ -85,6 +96,7 @@ def measured(length: int, vocabulary: int, width: int) -> dict:
     )
     student = Student(AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).train())
     optimizer = Optimizer(student.model, Optim(), "float32")
+    student.add_in_place(optimizer.total)
     weights = torch.zeros(1, length)
     weights[0, length // 2 :] = 1
     ids = torch.randint(0, vocabulary, (1, length))
@@ -95,7 +107,7 @@ def measured(length: int, vocabulary: int, width: int) -> dict:
     before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     for _ in range(max(3, 8192 // length)):
         began = time.perf_counter()
-        (student.loss(micro).nll / micro.supervised).backward()
+        student.loss(micro, supervised=micro.supervised).backward()
         optimizer.clip()
         optimizer.step(1e-4)
         seconds.append(time.perf_counter() - began)
@@ -106,6 +118,47 @@ def measured(length: int, vocabulary: int, width: int) -> dict:
         "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
         "mfu": needed / took / flops.rate(student.device, "float32"),
     }
+
+
+def grown() -> Iterator[dict]:
+    """The same steps of the command over ever more rows, drawn from a lesson: what a row's preparation and a token's
+    training take, and what a second start needs before and behind its steps."""
+    from schoolhouse.starter import lessons
+
+    lesson, random = [json.dumps(row) for row in lessons.rows("arithmetic", "train")], np.random.default_rng(0)
+    for count in ROWS:
+        with tempfile.TemporaryDirectory(prefix="scaling-") as place:
+            file, directory = Path(place) / "rows.jsonl", Path(place) / "run"
+            file.write_text("".join(lesson[one] + "\n" for one in random.integers(0, len(lesson), count)))
+            settings = [
+                RECIPE, f"data.train={file}", "data.format=question_answer", f"data.cache={place}/cache",
+                "data.validation=null", "exam.data=null", f"train.steps={RUN_STEPS}", f"directory={directory}",
+            ]
+            prepared, _ = timed("check", *settings)
+            whole, peak = timed("run", *settings)
+            lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [one for one in map(json.loads, lines) if one["kind"] == "step"]
+        counted = steps[WARM_UP:]
+        yield {
+            "rows": count, "prepare_us_per_row": prepared / count * 1e6,
+            "us_per_token": statistics.median(one["seconds"] / one["tokens"] for one in counted) * 1e6,
+            "data_share": sum(one["data_seconds"] for one in counted) / sum(one["seconds"] for one in counted),
+            "besides_steps_s": whole - sum(one["seconds"] for one in steps), "mib": peak,
+        }
+
+
+def timed(*words: str) -> tuple[float, float]:
+    """Seconds and peak memory in MiB of a command of ours."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "schoolhouse", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(errors.decode()[-2000:])
+    return time.perf_counter() - began, usage.ru_maxrss / 1024
 
 
 def balances(rows: Path | None, tokenizer: Path | None) -> Iterator[dict]:

@@ -1,4 +1,5 @@
-"""Tokens per second and peak memory of schoolhouse against TRL's `SFTTrainer`, in one alternating run.
+"""Tokens per second and peak memory of schoolhouse against TRL's `SFTTrainer`, and with `--trainer` against
+transformers' own, in one alternating run.
 
 Both train the same random Qwen2 model on the same rows for one pass, `--examples` of them in a step. Every measurement
 has a process of its own; they take turns (A B C A B C …), and the table holds medians over the turns. A turn's figure
@@ -94,7 +95,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="throughput-") as place:
         work = Path(place)
         facts = write_inputs_apart(options, work)
-        found = search(options, work) if options.trl is None else named(options)
+        found = search(options, work) if options.trl is None else named("TRL", options.trl, options)
+        found += named("Trainer", options.trainer, options)
         run([sys.executable, "-m", "schoolhouse", "check", work / "recipe.yaml"], options)  # rows are prepared once
         contenders = [Contender("schoolhouse", f"packed:{options.tokens}", options.precision), *found]
         turns = alternate(contenders, options, work)
@@ -122,6 +124,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--patience", type=float, default=30, help="seconds to wait for other programs to be quiet")
     parser.add_argument("--trl", nargs="*", help="TRL layouts, e.g. padded:4 packed:1024; unset: search the best")
+    parser.add_argument("--trainer", nargs="*", default=[], help="transformers.Trainer as well, e.g. padded:4")
     parser.add_argument("--json", type=Path, help="write everything that was measured")
     parser.add_argument("--write-inputs", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -246,9 +249,9 @@ def search(options: argparse.Namespace, work: Path) -> list[Contender]:
     return finalists
 
 
-def named(options: argparse.Namespace) -> list[Contender]:
-    """The layouts of `--trl`, in every counterpart of the precision."""
-    return [Contender("TRL", layout, numbers) for numbers in NUMBERS[options.precision] for layout in options.trl]
+def named(program: str, layouts: Sequence[str], options: argparse.Namespace) -> list[Contender]:
+    """A program's layouts that were named, in every counterpart of the precision."""
+    return [Contender(program, layout, numbers) for numbers in NUMBERS[options.precision] for layout in layouts]
 
 
 def leaks(layout: str, options: argparse.Namespace, work: Path) -> bool:
@@ -302,7 +305,7 @@ def trl_command(contender: Contender, options: argparse.Namespace, work: Path) -
     return [
         sys.executable, Path(__file__).with_name("_trl_worker.py"), "--work", work, "--layout", layout, "--size", size,
         "--numbers", contender.numbers, "--examples", str(options.examples), "--optimizer-steps", str(options.steps),
-        "--learning-rate", str(LEARNING_RATE),
+        "--learning-rate", str(LEARNING_RATE), "--program", contender.program,
     ]
 
 
@@ -362,7 +365,7 @@ def summary(found: Sequence[Measurement]) -> dict[str, float]:
 
 
 def ratios(turns: Mapping[Contender, Sequence[Measurement]]) -> dict[Contender, dict[str, float]]:
-    """Ours over theirs, of medians, for every TRL contender: above 1 is faster, below 1 is smaller."""
+    """Ours over theirs, of medians, for every other contender: above 1 is faster, below 1 is smaller."""
     (ours,) = (summary(found) for contender, found in turns.items() if contender.program == "schoolhouse")
     theirs = {contender: summary(found) for contender, found in turns.items() if contender.program != "schoolhouse"}
     keys = ("tokens/s", "supervised/s", "peak MiB", "above imports")
@@ -370,13 +373,13 @@ def ratios(turns: Mapping[Contender, Sequence[Measurement]]) -> dict[Contender, 
 
 
 def report(turns: Mapping[Contender, Sequence[Measurement]]) -> str:
-    """The medians, the ratios, and the ratio to the fastest of TRL's in one line."""
+    """The medians, the ratios, and the ratio to the fastest peer in one line."""
     lines = table("median", {str(contender): summary(found) for contender, found in turns.items()})
     relative = ratios(turns)
     if relative:
-        lines += ["", *table("schoolhouse / TRL", {str(contender): values for contender, values in relative.items()})]
+        lines += ["", *table("schoolhouse / peer", {str(contender): values for contender, values in relative.items()})]
         best, values = min(relative.items(), key=lambda pair: pair[1]["tokens/s"])
-        lines += ["", f"against TRL's fastest ({best.layout} {best.numbers}): {values['tokens/s']:.2f} x tokens/s, "
+        lines += ["", f"against the fastest ({best}): {values['tokens/s']:.2f} x tokens/s, "
                       f"{values['peak MiB']:.2f} x peak memory ({values['above imports']:.2f} x above the imports)"]
     return "\n".join(lines)
 

@@ -62,7 +62,7 @@ def test_ratios_are_of_medians_over_turns(throughput):
 def test_the_verdict_is_against_the_fastest_of_theirs(throughput):
     text = throughput.report(recorded(throughput))
     assert text.splitlines()[-1] == (
-        "against TRL's fastest (padded:4 float32): 2.00 x tokens/s, 0.62 x peak memory (0.40 x above the imports)"
+        "against the fastest (TRL padded:4 float32): 2.00 x tokens/s, 0.62 x peak memory (0.40 x above the imports)"
     )
     assert "schoolhouse packed:2048 float32          4,000          1,600" in text
 
