@@ -33,11 +33,11 @@ def cap(patch: pytest.MonkeyPatch, tokens: int) -> list[int]:
     """An allocator that has no room for a micro-batch of more tokens; the sizes that were tried."""
     tried, whole = [], Student.loss
 
-    def loss(self: Student, micro, drawn=None):
+    def loss(self: Student, micro, *rest):
         tried.append(micro.input_ids.shape[1])
         if tried[-1] > tokens:
             raise torch.OutOfMemoryError("Tried to allocate 31.20 GiB, 23.70 GiB are free")
-        return whole(self, micro, drawn)
+        return whole(self, micro, *rest)
 
     patch.setattr(Student, "loss", loss)
     return tried
