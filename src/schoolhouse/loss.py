@@ -51,7 +51,7 @@ def linear_cross_entropy(
     `smoothing` spreads this share of a target's probability evenly over the vocabulary (Szegedy et al., 2016,
     arXiv:1512.00567), as `F.cross_entropy(label_smoothing=…)` does.
     With `into` [V, D], the gradient of the head's matrix, times `share`, is added to it in forward and not returned:
-    the sum then has to be given exactly `share` as its gradient. Nothing as large as the matrix is made for it.
+    the sum then has to be given exactly `share` as its gradient. No float32 matrix is made for it, and of bfloat16 one.
     With M = 0 the sum is 0 and still hangs on the graph, so that every rank runs its backward.
     """
     rows = hidden.flatten(0, 1).index_select(0, targets)

@@ -28,7 +28,7 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.model import blocks, families, flops, fourbit, load, lora, products, spread, varlen
+from schoolhouse.model import blocks, flops, fourbit, load, lora, products, spread
 from schoolhouse.model.flops import Work
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
@@ -286,10 +286,6 @@ def _describe(run: Run, recipe: Recipe, rules: served.Rules) -> None:
     run.screen.table("in force", [(row["what"], row["value"]) for row in run.info["in_force"]])
 
 
-def _attends(run: Run) -> str:
-    return varlen.describe(run.student.device, run.recipe.model.precision, families.bends_scores(run.student.model))
-
-
 def _info(
     run: Run, path: Path, today: datetime.date, difference: float, code: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -310,7 +306,8 @@ def _info(
         "blocks": blocks.describe(recipe.model),
         "objective": run.student.teaching.describe(),
         "optimizer": run.optimizer.describe(),
-        "attention": f"packed and isolated, {_attends(run)}; equal to {type(model).__name__}'s own to {difference:.0e}",
+        "attention": f"packed and isolated, {run.student.kernels.said}; equal to {type(model).__name__}'s own to "
+        f"{difference:.0e}",
         "data": f"{run.store.ledger.rows:,} rows, {len(run.store):,} examples, "
         f"{run.store.ledger.supervised_tokens:,} of {run.store.ledger.tokens:,} tokens supervised",
         "stop tokens": f"{', '.join(run.served.stops.texts)}: a target in "

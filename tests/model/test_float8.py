@@ -80,6 +80,15 @@ def test_examples_of_a_pack_do_not_meet_by_their_scales() -> None:
     alone, beside = holder.layers[0](row), holder.layers[0](torch.cat([row, 1000 * row.flip(1)]))
     assert converted == 1
     assert torch.equal(alone[0], beside[0])
+    left, right = row.clone(), 1000 * row.flip(1)  # whose columns of the weight's gradient are not the same ones
+    left[:, 16:], right[:, :16] = 0, 0
+    above = torch.ones(2, 48).bfloat16() * torch.tensor([[1.0], [1000.0]]).bfloat16()
+    gradients = []
+    for given, times in ((left, above[:1]), (torch.cat([left, right]), above)):
+        holder.zero_grad()
+        holder.layers[0](given).backward(times)
+        gradients.append(next(holder.parameters()).grad[:, :16].clone())
+    assert bool(gradients[0].any()) and torch.equal(*gradients)
 
 
 @pytest.mark.parametrize(("settings", "said"), [

@@ -90,10 +90,17 @@ def test_attention_is_widened_where_that_is_faster(able, short, long, monkeypatc
     assert not products.attends_wider(torch.device("meta"), 200)
 
 
-def test_arguments_by_name() -> None:
+def test_arguments_by_name_and_masks_in_bfloat16() -> None:
+    states = [torch.randn(2, 4, 5, 16, dtype=torch.bfloat16) for _ in range(3)]
+    mask = torch.zeros(5, 5, dtype=torch.bfloat16).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     rows, weight, bias = torch.randn(3, 8).bfloat16(), torch.randn(4, 8).bfloat16(), torch.randn(4).bfloat16()
     with products.Wide():
+        found = F.scaled_dot_product_attention(*states, attn_mask=mask)
+        wanted = F.scaled_dot_product_attention(*states, is_causal=True)
         named, placed = F.linear(rows, weight, bias=bias), F.linear(rows, weight, bias)
+    exact = F.scaled_dot_product_attention(*(one.double() for one in states), is_causal=True)
+    torch.testing.assert_close(found, wanted, rtol=ROUNDED, atol=1e-6)
+    torch.testing.assert_close(found.double(), exact, rtol=ROUNDED, atol=1e-6)
     assert torch.equal(named, placed) and named.dtype == torch.bfloat16
 
 

@@ -3,15 +3,20 @@ they are given, their results by PyTorch's own uncompiled FlexAttention, and tha
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from test_families import student
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from schoolhouse.model import attention, varlen
-from schoolhouse.model.varlen import Ends, Rule
+from schoolhouse.model.varlen import Ends, Heads, Rule
+from schoolhouse.parallel.mesh import ALONE
 
 CPU = torch.device("cpu")
 BOUNDARIES = (0, 1, 150, 151, 600, 680)
@@ -108,7 +113,7 @@ def flash(query, key, value, from_, to, longest, same, *, scale, window_size, en
 
 
 @pytest.mark.parametrize("rule", [
-    Rule(), Rule(window=40, scaling=0.3), Rule(window=1), Rule(window=449), Rule(window=1000), Rule(causal=False),
+    Rule(), Rule(window=40, scaling=0.3), Rule(window=1), Rule(window=449), Rule(window=1000),
 ], ids=str)
 def test_flash_attention_is_asked_for_what_the_groups_compute(rule: Rule, monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", flash)
@@ -131,64 +136,137 @@ def pretended(heads: int, size: int, dtype: torch.dtype = torch.bfloat16) -> Ten
     return torch.empty(BOUNDARIES[-1], heads, size, device="meta", dtype=dtype)
 
 
-@pytest.mark.parametrize(("query", "value", "rule", "images", "wanted"), [
-    (pretended(4, 64), pretended(2, 64), Rule(), False, "varlen"),
-    (pretended(4, 64), pretended(2, 64), Rule(window=8), False, "varlen"),
-    (pretended(4, 64), pretended(2, 64), Rule(causal=False), True, "varlen"),
-    (pretended(4, 64), pretended(2, 64), Rule(), True, "flex"),
-    (pretended(4, 64), pretended(2, 64), Rule(softcap=5.0), False, "flex"),
-    (pretended(4, 64), pretended(2, 64), Rule(sinks=SINKS), False, "flex"),
-    (pretended(4, 192), pretended(4, 128), Rule(), False, None),
-    (pretended(4, 60), pretended(4, 60), Rule(), False, None),
-    (pretended(4, 64), pretended(2, 64), Rule(dropout=0.1), False, None),
-    (pretended(4, 64, torch.float32), pretended(2, 64, torch.float32), Rule(), False, None),
+@pytest.mark.parametrize(("query", "rule", "images", "wanted"), [
+    (pretended(4, 64), Rule(), False, "varlen"),
+    (pretended(4, 64), Rule(window=8), False, "varlen"),
+    (pretended(4, 64), Rule(), True, "flex"),
+    (pretended(4, 64), Rule(softcap=5.0), False, "flex"),
+    (pretended(4, 64), Rule(sinks=SINKS), False, "flex"),
+    (pretended(4, 64)[:100], Rule(softcap=5.0), False, None),
+    (pretended(4, 64), Rule(dropout=0.1), False, None),
+    (pretended(4, 64, torch.float32), Rule(), False, None),
 ])
-def test_which_kernel_computes_what(query, value, rule, images, wanted, monkeypatch) -> None:
-    monkeypatch.setattr(varlen, "untrusted", lambda chosen, place: "")
-    ends = varlen.ends(BOUNDARIES, CPU, runs() if images else None)
-    assert varlen.kernel(query, value, rule, ends) == wanted
-    assert varlen.kernel(query, value, rule, None) is None
-    monkeypatch.setattr(varlen, "untrusted", lambda chosen, place: "it is wrong")
-    assert varlen.kernel(query, value, rule, ends) is None
+def test_which_kernel_computes_what(query, rule, images, wanted) -> None:
+    ends = varlen.ends(BOUNDARIES, CPU, runs() if images else None, frozenset({"varlen", "flex"}))
+    assert varlen.kernel(query, rule, ends) == wanted
+    assert varlen.kernel(query, rule, None) is None
+    assert varlen.kernel(query, rule, varlen.ends(BOUNDARIES, CPU)) is None
+    with torch.no_grad():
+        assert varlen.kernel(query, rule, ends) == (None if wanted == "flex" else wanted)
+
+
+HEADS = Heads(4, 2, 64, 64)
+
+
+def fault(chosen: str, heads: Heads = HEADS, softcap: float | None = None, sinks: bool = False, images: bool = False):
+    return varlen.fault.__wrapped__(chosen, heads, softcap, sinks, images, CPU)
 
 
 def test_a_kernel_that_is_right_is_trusted(pure: None, monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", flash)
-    assert varlen.untrusted.__wrapped__("varlen", CPU) == ""
-    assert varlen.untrusted.__wrapped__("flex", CPU) == ""
+    assert fault("varlen") == "" and fault("varlen", Heads(3, 1, 128, 128)) == ""
+    assert fault("flex", softcap=50.0) == "" and fault("flex", sinks=True) == "" and fault("flex", images=True) == ""
 
 
-@pytest.mark.parametrize("fault", ["a key too many", "no scale", "other examples", "not a number"])
-def test_a_kernel_that_is_wrong_is_not_used(fault: str, monkeypatch) -> None:
-    def wrong(query, key, value, from_, to, *rest, scale, window_size, enable_gqa) -> Tensor:
-        if fault == "a key too many":
+@pytest.mark.parametrize("wrong", ["a key too many", "no scale", "other examples", "not a number"])
+def test_a_kernel_that_is_wrong_is_not_used(wrong: str, monkeypatch) -> None:
+    def attn(query, key, value, from_, to, *rest, scale, window_size, enable_gqa) -> Tensor:
+        if wrong == "a key too many" and window_size[0] >= 0:
             window_size = (window_size[0] + 1, 0)
-        elif fault == "no scale":
+        elif wrong == "no scale":
             scale = 1.0
-        elif fault == "other examples":
+        elif wrong == "other examples":
             tokens = len(query)
             from_, rest = torch.tensor([0, tokens], dtype=torch.int32), (tokens, tokens)
         found = flash(query, key, value, from_, from_, *rest, scale=scale, window_size=window_size,
                       enable_gqa=enable_gqa)
-        return found * torch.nan if fault == "not a number" else found
+        return found * torch.nan if wrong == "not a number" else found
 
-    monkeypatch.setattr(varlen, "varlen_attn", wrong)
-    assert "off by" in varlen.untrusted.__wrapped__("varlen", CPU)
+    monkeypatch.setattr(varlen, "varlen_attn", attn)
+    assert "off by" in fault("varlen")
 
 
 def test_a_kernel_that_is_not_there_is_named() -> None:
-    """On a processor both say so; the table tells it where the device would have had them."""
-    for chosen in ("varlen", "flex"):
-        assert "Error" in varlen.untrusted.__wrapped__(chosen, CPU)
-    assert varlen.describe(CPU, "bfloat16", written_out=False) == "in groups of like length"
+    """On a processor both say so."""
+    assert "Error" in fault("varlen") and "Error" in fault("flex", softcap=50.0)
 
 
-def test_the_table_says_how_a_model_attends(monkeypatch) -> None:
-    place = torch.device("cuda")
-    monkeypatch.setattr(varlen, "untrusted", lambda chosen, place: "")
-    assert varlen.describe(place, "bfloat16", written_out=False) == "by FlashAttention of any length"
-    assert varlen.describe(place, "bfloat16", written_out=True) == "by FlexAttention"
-    assert varlen.describe(place, "float32", written_out=False) == "in groups of like length"
-    monkeypatch.setattr(varlen, "untrusted", lambda chosen, place: "its results are off by 7%")
-    assert varlen.describe(place, "bfloat16", written_out=False) == (
-        "in groups of like length (FlashAttention of any length does not serve here: its results are off by 7%)")
+def test_no_room_is_no_fault_of_a_kernel(monkeypatch) -> None:
+    def full(*_, **__) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(varlen, "varlen_attn", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fault("varlen")
+
+
+@pytest.mark.parametrize(("family", "changes", "together", "trusted", "said"), [
+    ("qwen3", {}, False, {"varlen"}, "by FlashAttention of any length"),
+    ("gemma2", {}, False, {"flex"}, "by FlexAttention"),
+    ("gpt_oss", {"attention_dropout": 0.0}, False, {"flex"}, "by FlexAttention"),
+    ("gemma3_text", {}, True, {"varlen", "flex"},
+     "by FlashAttention of any length, by FlexAttention where a pack has images"),
+    ("qwen3", {"attention_dropout": 0.1}, False, set(), "in groups of like length (attention has dropout)"),
+    ("qwen3", {"head_dim": 36}, False, set(), "in groups of like length (heads of 36 and 36)"),
+])
+def test_the_table_says_how_a_model_attends(family, changes, together, trusted, said, monkeypatch) -> None:
+    changes = {"head_dim": 16, **changes}
+    model, place = student(family, **changes).model, torch.device("cuda")
+    monkeypatch.setattr(varlen, "fault", lambda *_: "")
+    found = varlen.kernels(model, place, "bfloat16", ALONE, together)
+    assert (found.trusted, found.said) == (trusted, said)
+    assert varlen.kernels(model, place, "float32", ALONE, together).said == "in groups of like length"
+    assert not varlen.kernels(model, CPU, "bfloat16", ALONE, together).trusted
+    monkeypatch.setattr(varlen, "fault", lambda *_: "its results are off by 7%")
+    found = varlen.kernels(model, place, "bfloat16", ALONE, together)
+    assert not found.trusted and (not trusted or "does not serve here: its results are off by 7%" in found.said)
+
+
+def test_a_layout_with_trusted_kernels_uses_them(monkeypatch) -> None:
+    """A step of a model in bfloat16, whose packs go through the kernel in forward and recomputed in backward."""
+    from test_invariance import a_step, examples
+
+    from schoolhouse import train
+    from schoolhouse.model import blocks
+
+    calls = []
+
+    @functools.wraps(flash)
+    def counted(*given: Any, **named: Any) -> Tensor:
+        calls.append(len(given[0]))
+        return flash(*given, **named)
+
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
+    gradients = []
+    for trusted in (frozenset(), frozenset({"varlen"})):
+        one = student("qwen3")
+        one.model.bfloat16()
+        one.kernels = varlen.Kernels(trusted)
+        blocks.compute_again(one.model)
+        train.compute_gradient(one, a_step(examples("whole", number=6), [[0, 1, 2], [3, 4, 5]]), seed=0)
+        gradients.append(torch.cat([each.grad.flatten() for each in one.model.parameters()]).double())
+    assert len(calls) == 2 * 2 * one.model.config.num_hidden_layers
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.03
+
+
+def test_flex_attention_is_compiled_as_a_whole_and_seldom(monkeypatch) -> None:
+    """By what torch.compile traces: lengths, windows, images, another model's cap. What it left uncompiled would make
+    all S x S scores."""
+    graphs = []
+
+    def noted(graph: torch.fx.GraphModule, _: object):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    compiled = torch.compile(flex.flex_attention, fullgraph=True, backend=noted)
+    monkeypatch.setattr(varlen, "_flex", lambda kind: compiled)
+    capped = Rule(softcap=50.0)
+    for rule, images in [(Rule(softcap=20.0), False), (dataclasses.replace(capped, window=40), False), (capped, True)]:
+        for tokens in (200, 301, 835, 700):
+            given = [torch.randn(tokens, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+            seen = torch.arange(tokens).clamp(max=1) if images else None
+            varlen.attend("flex", *given, varlen.ends((0, tokens // 3, tokens), CPU, seen), rule)
+    assert 0 < len(graphs) <= 4
+    torch.compiler.reset()

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from schoolhouse.model import products, varlen
-from schoolhouse.model.varlen import Ends, Rule
+from schoolhouse.model.varlen import Ends, Kernels, Rule
 from schoolhouse.parallel.ulysses import Exchange
 
 NAME = "schoolhouse"
@@ -31,6 +31,7 @@ PADDING = 0.2
 
 ROWS = 512
 """Queries that are looked at together, at least, where a window is much shorter than an example."""
+NONE = Kernels()
 SCORES = 1 << 26
 """The most scores that are written out at once."""
 
@@ -52,7 +53,7 @@ class Layout:
     exchange: Exchange | None = None
     """The way to the processes that hold the other parts of the sequence; None where it is whole here."""
     ends: Ends | None = None
-    """The same for kernels that need no groups; None where a device has none."""
+    """The same for kernels that need no groups; None where there are none to trust."""
 
 
 def register() -> None:
@@ -63,7 +64,7 @@ def register() -> None:
 
 def layout(
     boundaries: Sequence[int], device: torch.device, exchange: Exchange | None = None,
-    visual: torch.Tensor | None = None, padding: float = PADDING,
+    visual: torch.Tensor | None = None, padding: float = PADDING, kernels: Kernels = NONE,
 ) -> Layout:
     """Group the examples between `boundaries` (E + 1 offsets of the whole sequence) by length, with so much padding.
 
@@ -88,7 +89,7 @@ def layout(
     back[there[real]] = real.nonzero().flatten()
     shapes = tuple((len(members), members[0][1] - members[0][0]) for members in groups)
     behind = (~real).nonzero().flatten()
-    ends = varlen.ends(boundaries, device, runs) if device.type == "cuda" else None
+    ends = varlen.ends(boundaries, device, runs, kernels.trusted) if kernels.trusted else None
     return Layout(shapes, there.to(device), back.to(device), behind.to(device), tuple(together), exchange, ends)
 
 
@@ -160,7 +161,7 @@ def _alike(offsets: tuple[int, ...], device: torch.device) -> Layout:
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, rule: Rule) -> torch.Tensor:
     """Attention of the whole sequence: query [S, H, K], key and value [S, H', K'] to [S, H, K']."""
-    kernel = varlen.kernel(query, value, rule, layout.ends)
+    kernel = varlen.kernel(query, rule, layout.ends)
     if kernel is not None:
         return varlen.attend(kernel, query, key, value, layout.ends, rule)
     parts = [_ToGroups.apply(one, layout).split([e * t for e, t in layout.groups]) for one in (query, key, value)]

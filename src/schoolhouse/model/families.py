@@ -21,13 +21,9 @@ SINKS = ("gpt_oss",)
 
 def serving_attention(model: PreTrainedModel) -> str:
     """transformers' attention for generation: PyTorch's, but for models whose scores it does not know how to bend."""
-    return "eager" if bends_scores(model) else "sdpa"
-
-
-def bends_scores(model: PreTrainedModel) -> bool:
-    """Whether a model's attention caps its scores or has sinks."""
     settings = model.config.get_text_config().to_dict()
-    return bool(settings.get(ATTENTION_SOFTCAP)) or settings["model_type"] in SINKS
+    bent = settings.get(ATTENTION_SOFTCAP) or settings["model_type"] in SINKS
+    return "eager" if bent else "sdpa"
 
 
 def refuse(model: PreTrainedModel) -> None:

@@ -1,9 +1,10 @@
 """Matrix products of the blocks in float8 (Micikevicius et al., 2022, arXiv:2209.05433), by torchao, as an extra on
 CUDA: in force, or refused.
 
-Every row of an operand has a scale of its own, so that examples of a pack stay independent of one another. Products are
-float8 where gradients are wanted; proofs, validation and written answers multiply as they did. Weights, their masters
-and gradients keep their formats.
+Every row of an operand has a scale of its own, and a weight's gradient, which sums over the rows of all examples, stays
+a product of bfloat16: so examples of a pack stay independent of one another. Products are float8 where gradients are
+wanted; proofs, validation and written answers multiply as they did. Weights, their masters and gradients keep their
+formats.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ CAPABILITY = (8, 9)
 """The first compute capability of CUDA with products of float8."""
 ALIGNED = 16
 """Rows and columns of a matrix must be a multiple of this."""
+ROUTERS = ("gate", "router")
+"""Names of layers that choose experts: rounded so, they would choose others than where the model is used."""
 CLOSE = 0.1
 """The error of a float8 product that is right, as a share of the largest: its 3 bits round a number by up to 6 %."""
 
@@ -37,20 +40,22 @@ def narrow(model: nn.Module, place: torch.device, emulate: bool = False) -> int:
         _refuse(place)
     from torchao.float8 import convert_to_float8_training
 
-    before = [one for block in fsdp.blocks(model) for one in block.modules() if _fits(one)]
+    before = [one for block in fsdp.blocks(model) for name, one in block.named_modules() if _fits(one, name)]
     if not before:
         raise _refusal(f"no linear layer in the blocks of {type(model).__name__} has sides of multiples of {ALIGNED}")
     _try(place, emulate)
     for block in fsdp.blocks(model):
-        convert_to_float8_training(block, module_filter_fn=lambda one, _: _fits(one), config=_how(emulate))
+        convert_to_float8_training(block, module_filter_fn=_fits, config=_how(emulate))
         for layer in block.modules():
             if _is_float8(layer):
                 layer.forward = where_trained(layer.forward, functools.partial(nn.Linear.forward, layer))
     return len(before)
 
 
-def _fits(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and not module.in_features % ALIGNED and not module.out_features % ALIGNED
+def _fits(module: nn.Module, name: str) -> bool:
+    if type(module) is not nn.Linear or name.rpartition(".")[2] in ROUTERS:
+        return False
+    return not module.in_features % ALIGNED and not module.out_features % ALIGNED
 
 
 def _is_float8(module: nn.Module) -> bool:
@@ -60,11 +65,10 @@ def _is_float8(module: nn.Module) -> bool:
 
 
 def _how(emulate: bool):
-    """torchao's recipe of a scale for every row; the tokens of a micro-batch, over which a weight's gradient sums, are
-    filled up to a multiple of 16."""
+    """torchao's recipe of a scale for every row and weights' gradients in the higher precision."""
     from torchao.float8 import Float8LinearConfig
 
-    return dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True, emulate=emulate)
+    return dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp"), emulate=emulate)
 
 
 def _refuse(place: torch.device) -> None:

@@ -17,7 +17,7 @@ from schoolhouse.config import Lora, Model
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
-from schoolhouse.model import attention, blocks, families, float8, fourbit, kernels, lora, sight, teaching
+from schoolhouse.model import attention, blocks, families, float8, fourbit, kernels, lora, sight, teaching, varlen
 from schoolhouse.model.teaching import Drawn, Span, Teaching
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
@@ -38,6 +38,8 @@ class Student(nn.Module):
         self.exchange = ulysses.exchange(mesh)
         self.teaching = Teaching()
         """What a step that teaches adds to the plain loss."""
+        self.kernels = varlen.Kernels()
+        """The kernels of attention that proved themselves on the device."""
         self.totals: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None
         """Where the gradients of a trained table of tokens are summed up, if they may be added there in place."""
 
@@ -99,7 +101,7 @@ class Student(nn.Module):
                 use_cache=False,
                 layout=attention.layout(
                     part.boundaries, part.input_ids.device, self.exchange,
-                    None if part.vision is None else sight.together(self.model, part.input_ids),
+                    None if part.vision is None else sight.together(self.model, part.input_ids), kernels=self.kernels,
                 ),
                 **({"output_router_logits": True} if added.balance else {}),
                 **sight.inputs(self.model, part.vision, part.input_ids, self.exchange),

@@ -1,7 +1,8 @@
 """Matrix products and attention of bfloat16 where a processor does them faster in float32.
 
 The product of two bfloat16 numbers is exact in float32, and both ways sum in float32: computed from wider copies, a
-result is rounded once, at its end, as the processor's own bfloat16 product is. What is kept for backward stays narrow.
+result is rounded once, at its end, as the processor's own bfloat16 product is. What linear layers keep for backward
+stays narrow; PyTorch's attention keeps what it was given.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def multiplies_float32_faster(able: Mapping[str, Any]) -> bool:
 
 
 def fastest(place: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Inside, linear layers multiply in the faster of both number formats."""
+    """Inside, linear layers and PyTorch's attention multiply in the faster of both number formats."""
     return Wide() if _widened(place, precision) else contextlib.nullcontext()
 
 
@@ -59,7 +60,7 @@ def _widened(place: torch.device, precision: str) -> bool:
 
 
 class Wide(TorchFunctionMode):
-    """Linear layers in bfloat16, by way of float32."""
+    """Linear layers and PyTorch's attention in bfloat16, by way of float32."""
 
     def __torch_function__(
         self, function: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -67,6 +68,8 @@ class Wide(TorchFunctionMode):
         """Call `function`, or what computes the same from wider copies."""
         if function is F.linear:
             function = _linear
+        elif function is F.scaled_dot_product_attention:
+            function = _attention
         return function(*args, **(kwargs or {}))
 
 
@@ -74,12 +77,18 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return (_Linear.apply if input.dtype == NARROW else F.linear)(input, weight, bias)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **how: Any) -> Tensor:
-    """PyTorch's attention of query [E, H, T, K], with a mask of bool, in the faster of both number formats."""
-    if query.dtype != NARROW or not attends_wider(query.device, query.shape[2]):
-        return F.scaled_dot_product_attention(query, key, value, mask, **how)
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest, **named) -> Tensor:
+    if query.dtype != NARROW:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *rest, **named)
+    mask = attn_mask.float() if attn_mask is not None and attn_mask.dtype == NARROW else attn_mask
     states = (one.float() for one in (query, key, value))
-    return F.scaled_dot_product_attention(*states, mask, **how).to(NARROW)
+    return F.scaled_dot_product_attention(*states, mask, *rest, **named).to(NARROW)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **how: Any) -> Tensor:
+    """PyTorch's attention of query [E, H, T, K] in the faster of both number formats."""
+    wider = query.dtype == NARROW and attends_wider(query.device, query.shape[2])
+    return (_attention if wider else F.scaled_dot_product_attention)(query, key, value, mask, **how)
 
 
 def attends_wider(place: torch.device, length: int) -> bool:

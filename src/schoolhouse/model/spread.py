@@ -12,8 +12,9 @@ from schoolhouse import inert
 from schoolhouse.config import Recipe
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MeshError
-from schoolhouse.model import fourbit, load, stacked, teaching
+from schoolhouse.model import fourbit, load, sight, stacked, teaching, varlen
 from schoolhouse.model.load import Proof, Student
+from schoolhouse.model.varlen import Kernels
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import Mesh
 
@@ -35,6 +36,7 @@ def proved(
     if mesh.world == 1:
         student = load.load(directory, recipe.model, place, recipe.lora)
         student.teaching = teaching.teaching(recipe.train, student.model)
+        student.kernels = _kernels(student, place, recipe)
         return student, load.prove(student, seeing)
     _refuse(directory, mesh)
     number = stored(directory)
@@ -48,10 +50,16 @@ def proved(
     proof = Proof(*mesh.share([found.loss, found.difference] if found else None))
     student = Student(whole.model, mesh)
     student.teaching = teaching.teaching(recipe.train, student.model)
+    student.kernels = _kernels(student, place, recipe)
     precision = recipe.model.precision
     fsdp.shard(student, mesh, getattr(torch, precision), offload=recipe.parallel.offload, kept=kept)
     _check_layout(student, proof, seeing, AGREEMENT[precision])
     return student, proof
+
+
+def _kernels(student: Student, place: torch.device, recipe: Recipe) -> Kernels:
+    together = student.model.config.model_type in sight.TOGETHER
+    return varlen.kernels(student.model, place, recipe.model.precision, student.mesh, together)
 
 
 def stored(directory: Path) -> torch.dtype:

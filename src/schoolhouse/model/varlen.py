@@ -1,10 +1,10 @@
 """Attention on a CUDA device in bfloat16, by kernels that take examples of any length end to end: nothing is padded.
 
-FlashAttention (Dao, 2024, arXiv:2307.08691) by `torch.nn.attention.varlen` where a layer's rule is causal, with a
-window or not, or where images see in both directions; FlexAttention (Dong et al., 2024, arXiv:2412.05496) where scores
-are soft-capped, heads have sinks, or the tokens of an image see one another. A kernel is in force where it has shown,
-on the device and before it is used, that its result and gradients are those of attention written out; else the groups
-of `attention` are.
+FlashAttention (Dao, 2024, arXiv:2307.08691) by `torch.nn.attention.varlen` for causal layers, with a window or not;
+FlexAttention (Dong et al., 2024, arXiv:2412.05496), where gradients are wanted, for scores that are soft-capped, heads
+with sinks, and tokens of an image that see one another. A kernel is in force where it has shown, on the device, with
+the model's own heads and before the first step, that its result and gradients are those of attention written out; else
+the groups of `attention` are.
 """
 
 from __future__ import annotations
@@ -13,25 +13,32 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
+from transformers import PreTrainedModel
+
+from schoolhouse.model import families
+from schoolhouse.parallel.mesh import Mesh
 
 BLOCK = 128
 """Queries and keys of a block of FlexAttention's mask."""
 CLOSE = 0.05
 """The error of a kernel's results, as a share of the largest, above which it is not trusted: one rounding gives
 1.4 %; a key too many in a window, which is the smallest fault there is, gave 9 % of the query's gradient."""
-TRIALS = ((0, 70, 200), (0, 61, 301), (0, 1, 130, 435))
-"""Examples that a kernel is tried with, of several lengths, since what is compiled for one may fail for the next."""
+TRIALS = ((0, 70, 200), (0, 61, 301), (0, 1, 130, 835))
+"""Examples that a kernel is tried with, of several lengths, since what is compiled for one may fail for the next: some
+end within a block, one holds whole ones."""
+GROUPS = "in groups of like length"
 
 Kernel = Literal["varlen", "flex"]
+NAMES: Mapping[Kernel, str] = {"varlen": "FlashAttention of any length", "flex": "FlexAttention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,27 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Kernels:
+    """The kernels that may serve a model."""
+
+    trusted: frozenset[Kernel] = frozenset()
+    said: str = GROUPS
+    """How the model attends, and why not otherwise: for the table of what is in force."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The heads of a layer, as one process has them."""
+
+    queries: int
+    keys: int
+    size: int
+    """Of a query and a key."""
+    values: int
+    """Of a value."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ends:
     """Where the examples of a sequence of S tokens end, as kernels want to know it."""
 
@@ -65,54 +93,97 @@ class Ends:
     """The same offsets."""
     runs: Tensor | None = None
     """i64[S] on the CPU: the run of visual tokens that see one another each token belongs to, from 1; 0 for text."""
+    trusted: frozenset[Kernel] = frozenset()
     masks: dict[int | None, BlockMask] = field(default_factory=dict)
     """FlexAttention's masks that were made so far, by window."""
 
 
-def ends(boundaries: Sequence[int], device: torch.device, runs: Tensor | None = None) -> Ends:
+def ends(
+    boundaries: Sequence[int], device: torch.device, runs: Tensor | None = None,
+    trusted: frozenset[Kernel] = frozenset(),
+) -> Ends:
     """The ends of the examples between `boundaries` (E + 1 offsets), on a device."""
     longest = max(end - start for start, end in itertools.pairwise(boundaries))
     offsets = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
-    return Ends(offsets, longest, tuple(boundaries), runs)
+    return Ends(offsets, longest, tuple(boundaries), runs, trusted)
 
 
-def kernel(query: Tensor, value: Tensor, rule: Rule, ends: Ends | None) -> Kernel | None:
-    """The kernel that computes this attention; None where the groups do. Query [S, H, K], value [S, H', K']."""
+def kernel(query: Tensor, rule: Rule, ends: Ends | None) -> Kernel | None:
+    """The kernel that computes this causal attention of query [S, H, K]; None where the groups do."""
     if ends is None or query.dtype != torch.bfloat16 or rule.dropout:
         return None
-    sizes = query.shape[-1], value.shape[-1]
-    chosen: Kernel = "flex" if rule.written_out or (rule.causal and ends.runs is not None) else "varlen"
-    if chosen == "varlen" and (sizes[0] != sizes[1] or sizes[0] % 8 or sizes[0] > 256):
-        return None
-    return None if untrusted(chosen, query.device) else chosen
+    chosen: Kernel = "flex" if rule.written_out or ends.runs is not None else "varlen"
+    if chosen == "flex" and (not torch.is_grad_enabled() or len(query) < BLOCK):
+        return None  # each would be compiled once more, and PyTorch compiles a function eight times
+    return chosen if chosen in ends.trusted else None
 
 
 def attend(chosen: Kernel, query: Tensor, key: Tensor, value: Tensor, ends: Ends, rule: Rule) -> Tensor:
-    """Attention within each example: query [S, H, K], key [S, H', K], value [S, H', K'] to [S, H, K']."""
+    """Causal attention within each example: query [S, H, K], key [S, H', K], value [S, H', K'] to [S, H, K']."""
     return (_by_varlen if chosen == "varlen" else _by_flex)(query, key, value, ends, rule)
 
 
-def describe(place: torch.device, precision: str, written_out: bool) -> str:
-    """How a model attends on a device, for the table of what is in force."""
+# --- which are trusted ------------------------------------------------------------------------------------------------
+
+
+def kernels(model: PreTrainedModel, place: torch.device, precision: str, mesh: Mesh, together: bool) -> Kernels:
+    """The kernels that serve a model on a device: all processes of the mesh must find them right. `together` says that
+    tokens of an image see one another."""
     if place.type != "cuda" or precision != "bfloat16":
-        return "in groups of like length"
-    chosen: Kernel = "flex" if written_out else "varlen"
-    name = {"varlen": "FlashAttention of any length", "flex": "FlexAttention"}[chosen]
-    why = untrusted(chosen, place)
-    return f"in groups of like length ({name} does not serve here: {why:.120})" if why else f"by {name}"
+        return Kernels()
+    settings = model.config.get_text_config().to_dict()
+    heads, softcap = heads_of(settings, mesh.ulysses), settings.get(families.ATTENTION_SOFTCAP)
+    unfit = _unfit(heads, settings)
+    if unfit:
+        return Kernels(said=f"{GROUPS} ({unfit})")
+    sinks = settings["model_type"] in families.SINKS
+    wanted: list[Kernel] = ["flex"] if softcap or sinks else ["varlen", "flex"] if together else ["varlen"]
+    found, said = set(), []
+    for one in wanted:
+        why = fault(one, heads, softcap if one == "flex" else None, sinks, together, place)
+        if mesh.any(bool(why)):
+            said.append(f"{GROUPS} ({NAMES[one]} does not serve here: {(why or 'on another process'):.120})")
+        else:
+            found.add(one)
+            said.append(f"by {NAMES[one]}{' where a pack has images' if len(wanted) > 1 and one == 'flex' else ''}")
+    return Kernels(frozenset(found), ", ".join(said))
+
+
+def heads_of(settings: Mapping[str, Any], ulysses: int) -> Heads:
+    """The heads by a model's configuration, of which Ulysses gives each of so many processes a part."""
+    queries = settings["num_attention_heads"]
+    size = settings.get("head_dim") or settings["hidden_size"] // queries
+    if "qk_nope_head_dim" in settings:
+        size = settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"]
+    keys = settings.get("num_key_value_heads") or queries
+    return Heads(queries // ulysses, max(1, keys // ulysses), size, settings.get("v_head_dim") or size)
+
+
+def _unfit(heads: Heads, settings: Mapping[str, Any]) -> str:
+    """Why no kernel serves such heads; empty where one may."""
+    if settings.get("attention_dropout"):
+        return "attention has dropout"
+    if heads.size != heads.values or heads.size % 8 or not 16 <= heads.size <= 256:
+        return f"heads of {heads.size} and {heads.values}"
+    return ""
 
 
 @functools.lru_cache(maxsize=16)
-def untrusted(chosen: Kernel, place: torch.device) -> str:
-    """Why a kernel cannot be used on a device; empty where its results and gradients are right."""
-    rule = Rule(window=50)
-    if chosen == "flex":
-        rule = Rule(window=50, softcap=20.0, sinks=torch.linspace(-1, 1, 4, device=place))
+def fault(
+    chosen: Kernel, heads: Heads, softcap: float | None, sinks: bool, together: bool, place: torch.device
+) -> str:
+    """What is wrong with a kernel for such heads on a device; empty where its results and gradients are right."""
     errors = []
     try:
-        for boundaries in TRIALS:
-            found, wanted = _trial(chosen, rule, boundaries, place)
+        for boundaries, window in itertools.product(TRIALS, (None, 50)):
+            rule = Rule(
+                window=window, softcap=softcap, scaling=0.7 * heads.size**-0.5,
+                sinks=torch.linspace(-1, 1, heads.queries, device=place) if sinks and chosen == "flex" else None,
+            )
+            found, wanted = _trial(chosen, rule, heads, _seen(boundaries, place, together and chosen == "flex"), place)
             errors += [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True)]
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, ImportError, OSError) as error:
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     if all(error < CLOSE for error in errors):  # NaN is not
@@ -120,18 +191,26 @@ def untrusted(chosen: Kernel, place: torch.device) -> str:
     return f"its results are off by {max(errors):.0%}"
 
 
+def _seen(boundaries: tuple[int, ...], place: torch.device, together: bool) -> Ends:
+    """The examples of a trial; with an image in the last one."""
+    runs = torch.zeros(boundaries[-1], dtype=torch.int64)
+    runs[boundaries[-2] + 5 : boundaries[-2] + 75] = 1
+    return ends(boundaries, place, runs if together else None)
+
+
 def _trial(
-    chosen: Kernel, rule: Rule, boundaries: tuple[int, ...], place: torch.device
+    chosen: Kernel, rule: Rule, heads: Heads, ends: Ends, place: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """A kernel's result and gradients for examples between `boundaries`, and those of attention written out."""
-    both, tokens = [], boundaries[-1]
-    waves = torch.arange(tokens * 4 * 64, device=place, dtype=torch.float32).view(tokens, 4, 64)
-    drawn = ((0.37, 4), (0.91, 2), (1.73, 2), (0.59, 4))
-    states = [waves.mul(step).sin()[:, :heads].bfloat16() for step, heads in drawn]
+    """A kernel's result and gradients for some examples, and those of attention written out."""
+    both, tokens = [], ends.boundaries[-1]
+    waves = torch.arange(tokens * heads.queries * heads.size, device=place, dtype=torch.float32)
+    drawn = ((0.37, heads.queries), (0.91, heads.keys), (1.73, heads.keys), (0.59, heads.queries))
+    waves = waves.view(tokens, heads.queries, heads.size)
+    states = [waves.mul(step).sin()[:, :number].bfloat16() for step, number in drawn]
     for way in (attend, _written_out):
         leaves = [one.detach().requires_grad_() for one in states[:3]]
         with torch.enable_grad():
-            out = way(chosen, *leaves, ends(boundaries, place), rule)
+            out = way(chosen, *leaves, ends, rule)
         both.append([out.detach(), *torch.autograd.grad(out, leaves, states[3].to(out.dtype))])
     return both[0], [one.float() for one in both[1]]
 
@@ -141,7 +220,7 @@ def _written_out(_: Kernel, query: Tensor, key: Tensor, value: Tensor, ends: End
     query, key, value = (one.float().transpose(0, 1) for one in (query, key, value))
     repeats = len(query) // len(key)
     key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-    scores = query @ key.transpose(1, 2) * (query.shape[-1] ** -0.5)
+    scores = query @ key.transpose(1, 2) * (query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling)
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     places = torch.arange(scores.shape[-1], device=scores.device)
@@ -157,9 +236,7 @@ def _written_out(_: Kernel, query: Tensor, key: Tensor, value: Tensor, ends: End
 
 def _by_varlen(query: Tensor, key: Tensor, value: Tensor, ends: Ends, rule: Rule) -> Tensor:
     """FlashAttention; a layer whose window holds every example has none."""
-    window = (-1, -1)
-    if rule.causal:
-        window = (-1 if rule.window is None or rule.window >= ends.longest else rule.window - 1, 0)
+    window = (-1 if rule.window is None or rule.window >= ends.longest else rule.window - 1, 0)
     return varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(), ends.offsets, ends.offsets, ends.longest,
         ends.longest, scale=rule.scaling, window_size=window, **_grouped(query.shape[1] != key.shape[1]),
@@ -178,8 +255,9 @@ def _by_flex(query: Tensor, key: Tensor, value: Tensor, ends: Ends, rule: Rule) 
         ends.masks[window] = _blocks(ends, window, query.device)
     states = [one.transpose(0, 1).unsqueeze(0) for one in (query, key, value)]
     attended = _flex(query.device.type)(
-        *states, score_mod=None if rule.softcap is None else _cap(rule.softcap), block_mask=ends.masks[window],
-        scale=rule.scaling, enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=True),
+        *states, score_mod=None if rule.softcap is None else _cap(rule.softcap, query.device),
+        block_mask=ends.masks[window], scale=rule.scaling, enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True),
     )
     out, total = attended[0], attended[1].lse
     if rule.sinks is not None:
@@ -189,31 +267,35 @@ def _by_flex(query: Tensor, key: Tensor, value: Tensor, ends: Ends, rule: Rule) 
 
 @functools.lru_cache(maxsize=2)
 def _flex(kind: str) -> Callable:
-    """FlexAttention, compiled where it is a kernel."""
-    return torch.compile(flex_attention) if kind == "cuda" else flex_attention
+    """FlexAttention, compiled where it is a kernel; as a whole or not at all, since what PyTorch leaves uncompiled
+    makes all S x S scores."""
+    return torch.compile(flex_attention, fullgraph=True) if kind == "cuda" else flex_attention
 
 
 @functools.lru_cache(maxsize=8)
-def _cap(softcap: float) -> Callable:
-    """Scores as soft-capping leaves them; the same function for the same number, so that it is compiled once."""
+def _cap(softcap: float, place: torch.device) -> Callable:
+    """Scores as soft-capping leaves them. The number is a tensor: a float that is not the one compiled first is traced
+    as a symbol, which FlexAttention's operator does not know."""
+    limit = torch.tensor(softcap, device=place)
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return limit * torch.tanh(score / limit)
 
     return capped
 
 
 def _sight(ends: Ends, window: int | None, place: torch.device) -> Callable:
-    """Whether a query sees a key, by their places in the sequence."""
-    lengths = torch.tensor(ends.boundaries).diff()
+    """Whether a query sees a key, by their places in the sequence. All that varies is in tensors, so that one compiled
+    function serves every pack and layer."""
+    lengths, tokens = torch.tensor(ends.boundaries).diff(), ends.boundaries[-1]
     starts = torch.tensor(ends.boundaries[:-1]).repeat_interleave(lengths).to(place)
-    runs = None if ends.runs is None else ends.runs.to(place)
+    runs = (torch.zeros(tokens, dtype=torch.int64) if ends.runs is None else ends.runs).to(place)
+    reach = torch.tensor(tokens if window is None else window, device=place)
 
     def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = (query >= key) & (key >= starts[query])
-        if runs is not None:
-            seen = seen | ((runs[query] == runs[key]) & (runs[query] > 0))
-        return seen if window is None else seen & (query - key < window)
+        own = (query >= key) & (key >= starts[query])
+        image = (runs[query] == runs[key]) & (runs[query] > 0)
+        return (own | image) & (query - key < reach)
 
     return sees
 
