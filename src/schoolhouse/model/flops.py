@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from schoolhouse.model import sight
+from schoolhouse.model import sight, varlen
 
 EXPERTS = "experts"
 """The module below which each token uses a few matrices of many; shared experts have another name."""
@@ -61,17 +61,14 @@ def work(model: PreTrainedModel) -> Work:
     for name, module in model.named_modules():
         if module is not head:
             parts[name.startswith(vision)].append((name, module))
-    heads, layers = settings["num_attention_heads"], settings["num_hidden_layers"]
-    whole = settings.get("head_dim") or settings["hidden_size"] // heads
-    keys = settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"] if "qk_nope_head_dim" in settings else whole
-    values = settings.get("v_head_dim") or whole
+    heads = varlen.heads_of(settings)
     return Work(
         token=_passes(parts[False], settings, reached=True),
         target=_passes([("head", head)], settings, reached=True),
         patch=_passes(parts[True], settings, reached=any(one.requires_grad for _, module in parts[True]
                                                          for one in module.parameters(recurse=False))),
-        pair=3 * 2 * heads * (keys + values),
-        windows=tuple(_windows(settings, layers)),
+        pair=3 * 2 * heads.queries * (heads.size + heads.values),
+        windows=tuple(_windows(settings, settings["num_hidden_layers"])),
     )
 
 

@@ -149,7 +149,7 @@ def kernels(model: PreTrainedModel, place: torch.device, precision: str, mesh: M
     return Kernels(frozenset(found), ", ".join(said))
 
 
-def heads_of(settings: Mapping[str, Any], ulysses: int) -> Heads:
+def heads_of(settings: Mapping[str, Any], ulysses: int = 1) -> Heads:
     """The heads by a model's configuration, of which Ulysses gives each of so many processes a part."""
     queries = settings["num_attention_heads"]
     size = settings.get("head_dim") or settings["hidden_size"] // queries
