@@ -52,7 +52,8 @@ def test_bfloat16_is_held_to_what_plain_transformers_itself_reaches(lines: list[
 def test_a_leak_between_examples_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One boundary lost, and each example of a pack sees those before it: exit code 2, the table printed, no run."""
     whole: Callable[..., attention.Layout] = attention.layout
-    monkeypatch.setattr(attention, "layout", lambda boundaries, *rest, **named: whole((0, boundaries[-1]), *rest, **named))
+    lost = lambda boundaries, *rest, **named: whole((0, boundaries[-1]), *rest, **named)  # noqa: E731
+    monkeypatch.setattr(attention, "layout", lost)
     path = tmp_path / "recipe.yaml"
     path.write_text("model: starter/qwen3\ndata: {train: starter/recall, workers: 1}\n")
     with pytest.raises(SystemExit) as caught:
