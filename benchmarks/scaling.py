@@ -58,13 +58,19 @@ def main() -> None:
     found: dict[str, list[dict]] = {}
     for what in options.what:
         found[what] = []
-        asked = {"balance": lambda: balances(options.rows, options.tokenizer), "rows": grown}
-        for row in asked.get(what, lambda what=what: points(what))():
+        for row in measurements(what, options):
             found[what].append(row)
             print(what, *(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value}"
                           for name, value in row.items()), sep="  ", flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def measurements(what: str, options: argparse.Namespace) -> Iterator[dict]:
+    """The lines of one question."""
+    if what == "balance":
+        return balances(options.rows, options.tokenizer)
+    return grown() if what == "rows" else points(what)
 
 
 def points(what: str) -> Iterator[dict]:

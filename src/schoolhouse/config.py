@@ -167,7 +167,7 @@ class Model(Section):
     compute capability 8.9 and `schoolhouse[float8]`."""
 
     @model_validator(mode="after")
-    def _new_once(self) -> Model:
+    def _agreeing(self) -> Model:
         twice = [token for token in self.new_tokens if self.new_tokens.count(token) > 1]
         if twice:
             raise ValueError(f"new_tokens names {twice[0]!r} twice")

@@ -167,8 +167,7 @@ def as_a_run_does(
     student, _ = spread.proved(directory, recipe, load.device(recipe.device, mesh.place.local), mesh, seeing)
     stir(student.model)
     optimizer = Optimizer(student.model, recipe.optim, precision if mesh.world == 1 else "float32")
-    if mesh.world == 1:
-        student.add_in_place(optimizer.total)
+    student.add_in_place(optimizer.total)
     student.eval()
     student.teaching = Teaching()  # the plain loss: the other way knows no noise, smoothing or balance
     packs = plans.partition(store.lengths, recipe.micro_batch, mesh.data_ranks, store.patches)

@@ -61,7 +61,9 @@ class Student(nn.Module):
     def add_in_place(self, totals: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
         """Have the gradients of embedding and head added to `totals` of them while they are made, instead of filling
         matrices as large as the vocabulary in every micro-batch; on a processor an embedding's has the rows that it
-        met."""
+        met. Weights that are cut among processes keep autograd's way, since their gradients travel first."""
+        if self.mesh.world > 1:
+            return
         self.totals = totals
         embeddings = self.model.get_input_embeddings()
         if self.device.type == "cpu" and isinstance(embeddings, nn.Embedding) and embeddings.weight.requires_grad:
