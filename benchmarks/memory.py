@@ -110,7 +110,8 @@ def _saved_on_meta(recipe: Any, directory: Path, micro: MicroBatch) -> int:
     if recipe.lora is not None:
         lora.inject(model, recipe.lora)
     if recipe.model.activation_checkpointing:
-        blocks.compute_again(model.train(), recipe.model.precision)
+        selective = recipe.model.activation_checkpointing == "selective"
+        blocks.compute_again(model.train(), recipe.model.precision, keep_attention=selective)
     with _counted(model) as saved:
         Student(model.train()).loss(_without_memory(micro), Drawn(0, 0))
         return sum(saved.values())

@@ -224,7 +224,8 @@ SOURCE = st.fixed_dictionaries({"path": NAMES}, optional={
 SETTINGS: dict[str, st.SearchStrategy] = {
     "model.path": NAMES, "model.revision": NAMES, "model.precision": st.sampled_from(["float32", "bfloat16"]),
     "model.template_arguments": st.dictionaries(NAMES, st.booleans() | st.integers() | RATES | NAMES, max_size=3),
-    "model.stop_tokens": st.lists(NAMES, max_size=3), "model.activation_checkpointing": st.booleans(),
+    "model.stop_tokens": st.lists(NAMES, max_size=3),
+    "model.activation_checkpointing": st.booleans() | st.just("selective"),
     "data.train": st.lists(SOURCE, min_size=1, max_size=3), "data.validation": st.lists(SOURCE, min_size=1, max_size=2),
     "data.supervise": st.sampled_from(["every", "last", "marked"]), "data.limit": COUNT,
     "data.on_error": st.sampled_from(["stop", "skip:0.1%", "skip:100%"]), "data.workers": st.integers(0, 99),

@@ -89,9 +89,19 @@ def _count_or_word(value: object) -> str:
     return "one-of-words" if isinstance(value, str) else "one-of-counts"
 
 
+def _switch_or_word(value: object) -> str:
+    return "one-of-words" if isinstance(value, str) else "one-of-switches"
+
+
 CountOrAuto = Annotated[
     Annotated[PositiveInt, Tag("one-of-counts")] | Annotated[Literal["auto"], Tag("one-of-words")],
     Discriminator(_count_or_word),
+]
+
+
+SwitchOrSelective = Annotated[
+    Annotated[Switch, Tag("one-of-switches")] | Annotated[Literal["selective"], Tag("one-of-words")],
+    Discriminator(_switch_or_word),
 ]
 
 
@@ -156,8 +166,11 @@ class Model(Section):
     """The most visual tokens of one image; larger images are shrunk. Unset: the limit of the model's own processor."""
     freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
     """Parts of a model that sees which are not trained: its vision tower, what joins the two, its language model."""
-    activation_checkpointing: Switch = False
-    """Keep only the input of each block and compute it again in backward: less memory, about a third more time."""
+    activation_checkpointing: SwitchOrSelective = False
+    """Keep only the input of each block and compute it again in backward: less memory, about a third more time. With
+    `selective` results of attention are kept, too, so that long examples do not attend twice."""
+    activation_offload: Switch = False
+    """With activation_checkpointing: inputs of blocks lie in host memory till backward. CUDA."""
     compile: Switch = False
     """Each block by torch.compile, for any length; the first step waits for it. Needs a C++ compiler, or Triton."""
     liger: Switch = False
@@ -171,6 +184,8 @@ class Model(Section):
         twice = [token for token in self.new_tokens if self.new_tokens.count(token) > 1]
         if twice:
             raise ValueError(f"new_tokens names {twice[0]!r} twice")
+        if self.activation_offload and not self.activation_checkpointing:
+            raise ValueError("activation_offload needs activation_checkpointing=true (or selective)")
         if self.float8 and self.precision != "bfloat16":
             raise ValueError("float8 needs precision=bfloat16")
         return self

@@ -29,6 +29,8 @@ MARK = ".rehearsal"
 """The file that says a directory may be emptied by the next rehearsal."""
 _TOKENS, _EXAMPLES, _ANSWER_TOKENS = 2048, 4, 8
 _ROWS = {"train": 24, "validation": 6, "exam": 4}
+_ON_A_DEVICE = ("liger", "float8", "compile", "activation_offload")
+"""Switches of the model that need what a machine for rehearsals may not have."""
 _KEPT = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "hidden_activation", "final_logit_softcapping",
     "attn_logit_softcapping", "topk_method", "norm_topk_prob", "scoring_func", "attention_dropout", "residual_dropout",
@@ -55,7 +57,7 @@ def prepare(recipe: Recipe, path: Path, processes: int) -> Rehearsal:
     _empty(place)
     model, of = _student(recipe, place)
     values = recipe.model_dump(mode="json")
-    values["model"] |= {"path": model, "revision": None, "liger": False, "float8": False, "compile": False}
+    values["model"] |= {"path": model, "revision": None, **dict.fromkeys(_ON_A_DEVICE, False)}
     values |= {"directory": str(place / "run"), "device": "cpu", "parallel": _degrees(recipe, processes)}
     values["data"] |= _data(recipe, place, seeing="-vl" in model)
     values["data"] |= {"cache": str(place / "cache"), "workers": 1}
@@ -74,7 +76,7 @@ def prepare(recipe: Recipe, path: Path, processes: int) -> Rehearsal:
     page.write_text(recipes.dump(Recipe.model_validate(values)), encoding="utf-8")
     before, after = recipes.flat(recipe.model_dump(mode="json")), recipes.flat(values)
     other = [f"{key} {before.get(key)} → {after[key]}" for key in after if before.get(key) != after[key]]
-    told = ("batch.", "parallel.", "train.", "exam.max", "model.liger", "model.float8", "model.compile")
+    told = ("batch.", "parallel.", "train.", "exam.max", *(f"model.{name}" for name in _ON_A_DEVICE))
     sizes = [one for one in other if one.startswith(told)]
     return Rehearsal(page, place / "run", (of, *sizes))
 

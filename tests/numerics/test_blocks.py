@@ -47,7 +47,7 @@ def check(family: str, way: str, backend: str, again: bool = False, **changes: o
     plain.model.float(), fast.model.float()
     assert blocks.compile_blocks(fast.model, CPU, backend) == fast.model.config.num_hidden_layers
     if again:
-        blocks.compute_again(fast.model)
+        blocks.compute_again(fast.model, keep_attention=True)
     (loss, wanted), (found, gradients) = gradient(plain, rows), gradient(fast, rows)
     longest = max(float(one.norm()) for one in wanted.values())
     assert counters["stats"]["unique_graphs"] > 1, "nothing of a block was compiled"
@@ -113,10 +113,11 @@ def test_a_run_with_compiled_blocks(tmp_path: Path) -> None:
     """The command line's switch, with all that a run has: it says so, and learns what the run without it learns."""
     page, losses = tmp_path / "page.yaml", {}
     page.write_text(LESSON.replace("steps: 8", "steps: 4"))
-    for name, more in (("plain", ()), ("fast", ("model.compile=true", "model.activation_checkpointing=true"))):
+    fast = ("model.compile=true", "model.activation_checkpointing=selective")
+    for name, more in (("plain", ()), ("fast", fast)):
         here("run", page, f"directory={tmp_path / name}", *more)
         lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         losses[name] = [one["loss"] for one in lines if one["kind"] == "step"]
     assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-4)  # four steps of rounding
     told = {row["what"]: row["value"] for row in json.loads((tmp_path / "fast" / "run.json").read_text())["in_force"]}
-    assert told["blocks"] == "compiled where they are trained, computed again in backward"
+    assert told["blocks"] == "compiled where they are trained, computed again in backward but for attention"

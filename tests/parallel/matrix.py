@@ -98,13 +98,13 @@ def compare(
 ) -> float:
     """The largest difference of loss and gradients from the plain loop, relative to the longest gradient.
 
-    `narrow` computes the layout's side in float32, `again` with activation checkpointing; blocks of fewer than `small`
-    weights are one group with the rest.
+    `narrow` computes the layout's side in float32, `again` with activation checkpointing of all but attention; blocks
+    of fewer than `small` weights are one group with the rest.
     """
     one, taught, mesh = made_student(made, narrow), rows(kind), group.mesh(layout)
     wanted_loss, wanted = wanted_of(made, kind)
     if again:
-        blocks.compute_again(one.model)
+        blocks.compute_again(one.model, keep_attention=True)
     placed = Student(one.model, mesh)
     with mock.patch.object(fsdp, "SMALL", small):
         fsdp.shard(placed, mesh, torch.float32 if narrow else torch.float64, offload=False)

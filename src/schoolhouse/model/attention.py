@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from schoolhouse.model import products, varlen
+from schoolhouse.model import attended, products, varlen
 from schoolhouse.model.varlen import Ends, Kernels, Rule
 from schoolhouse.parallel.ulysses import Exchange
 
@@ -213,10 +213,11 @@ def _looked_up(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rule: Rule
 ) -> torch.Tensor:
     """Attention by PyTorch's own function, which keeps the scores to itself."""
-    return products.attend(
-        query, key, value, mask, dropout_p=rule.dropout, scale=rule.scaling,
-        is_causal=rule.causal and mask is None, enable_gqa=query.shape[1] != key.shape[1],
-    )
+    with attended.kernel():
+        return products.attend(
+            query, key, value, mask, dropout_p=rule.dropout, scale=rule.scaling,
+            is_causal=rule.causal and mask is None, enable_gqa=query.shape[1] != key.shape[1],
+        )
 
 
 class _ToGroups(torch.autograd.Function):

@@ -6,7 +6,7 @@ everything between two blocks. What was compiled for one block and one length se
 a part that PyTorch would have to compile more than eight times runs as it did.
 
 Computed again (Chen et al., 2016, arXiv:1604.06174) is all of a block but its hooks, which gather its weights: they run
-once.
+once. Where wanted, results of attention are kept (`attended`), or inputs of blocks lie in host memory (`offload`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from schoolhouse.config import Model
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import products
+from schoolhouse.model import attended, products
+from schoolhouse.model.offload import Offload
 from schoolhouse.parallel import fsdp
 
 
@@ -42,12 +43,25 @@ def compile_blocks(model: nn.Module, place: torch.device, backend: str = "induct
     return len(blocks)
 
 
-def compute_again(model: nn.Module, precision: str = "float32", place: torch.device | None = None) -> None:
-    """Keep only the input of each block in forward; backward computes the rest again, as on `place`, where it will."""
+def compute_again(
+    model: nn.Module, precision: str = "float32", place: torch.device | None = None, *,
+    keep_attention: bool = False, offload: Offload | None = None,
+) -> None:
+    """Keep only the input of each block in forward; backward computes the rest again, as on `place`, where it will.
+
+    With `keep_attention` results of attention are kept, too; with `offload` inputs of blocks go to host memory.
+    """
     contexts = functools.partial(products.again, place or next(model.parameters()).device, precision)
     for block in fsdp.blocks(model):
-        kept = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
-        block.forward = where_trained(kept, block.forward)
+        kept = functools.partial(_computed_twice, block.forward, contexts, attended.twice if keep_attention else None)
+        block.forward = where_trained(kept if offload is None else offload.around(kept), block.forward)
+
+
+def _computed_twice(
+    forward: Callable, contexts: Callable, twice: Callable[[Callable], Callable] | None, *args: Any, **kwargs: Any
+) -> Any:
+    once = forward if twice is None else twice(forward)
+    return checkpoint(once, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 def describe(settings: Model) -> str:
@@ -55,7 +69,9 @@ def describe(settings: Model) -> str:
     done = {
         "with Liger's kernels": settings.liger, "multiplied in float8 where they are trained": settings.float8,
         "compiled where they are trained": settings.compile,
-        "computed again in backward": settings.activation_checkpointing,
+        "computed again in backward": settings.activation_checkpointing is True,
+        "computed again in backward but for attention": settings.activation_checkpointing == "selective",
+        "their inputs in host memory meanwhile": settings.activation_offload,
     }
     return ", ".join(what for what, wanted in done.items() if wanted) or "as transformers has them"
 

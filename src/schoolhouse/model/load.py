@@ -18,6 +18,7 @@ from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
 from schoolhouse.model import attention, blocks, families, float8, fourbit, kernels, lora, sight, teaching, varlen
+from schoolhouse.model.offload import to_host
 from schoolhouse.model.teaching import Drawn, Span, Teaching
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
@@ -193,7 +194,11 @@ def load(
     if settings.compile:
         blocks.compile_blocks(model, computes_on or place)
     if settings.activation_checkpointing:
-        blocks.compute_again(model, settings.precision, computes_on or place)
+        blocks.compute_again(
+            model, settings.precision, computes_on or place,
+            keep_attention=settings.activation_checkpointing == "selective",
+            offload=to_host(computes_on or place) if settings.activation_offload else None,
+        )
     return Student(model)
 
 

@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 
-from schoolhouse.model import families
+from schoolhouse.model import attended, families
 from schoolhouse.parallel.mesh import Mesh
 
 BLOCK = 128
@@ -237,10 +237,11 @@ def _written_out(_: Kernel, query: Tensor, key: Tensor, value: Tensor, ends: End
 def _by_varlen(query: Tensor, key: Tensor, value: Tensor, ends: Ends, rule: Rule) -> Tensor:
     """FlashAttention; a layer whose window holds every example has none."""
     window = (-1 if rule.window is None or rule.window >= ends.longest else rule.window - 1, 0)
-    return varlen_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(), ends.offsets, ends.offsets, ends.longest,
-        ends.longest, scale=rule.scaling, window_size=window, **_grouped(query.shape[1] != key.shape[1]),
-    )
+    with attended.kernel():
+        return varlen_attn(
+            query.contiguous(), key.contiguous(), value.contiguous(), ends.offsets, ends.offsets, ends.longest,
+            ends.longest, scale=rule.scaling, window_size=window, **_grouped(query.shape[1] != key.shape[1]),
+        )
 
 
 def _grouped(heads_differ: bool) -> dict[str, bool]:
