@@ -1,5 +1,5 @@
 """One measurement of TRL's `SFTTrainer`, or of transformers' `Trainer`, in a process of its own; `throughput.py` starts
-it and reads its JSON line."""
+it and reads its JSON line. Attention on a GPU is FlashAttention where `flash_attn` is installed, else PyTorch's own."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ import json
 import resource
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import _inputs as inputs
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 NUMBERS = {"float32": (torch.float32, False), "autocast": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
@@ -41,7 +46,9 @@ class Clock(TrainerCallback):
         self._last = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note the step."""
+        """Note the step, which is over when the device has done it."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
@@ -50,14 +57,14 @@ class Clock(TrainerCallback):
 class Counting:
     """A trainer that notes the tokens and the loss of every micro-batch."""
 
-    counts: list[tuple[int, dict[str, float]]]
+    counts: list[tuple[int, dict[str, Any]]]
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+    def training_step(self, model: Any, batch: dict[str, Any], *rest: Any) -> torch.Tensor:
         """Count, then train as usual; the losses of a step's micro-batches add up to the step's."""
-        real = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        supervised = (inputs["labels"][:, 1:] != -100).sum()
-        loss = super().training_step(model, inputs, *rest)
-        counted = {"tokens": int(real), "supervised_tokens": int(supervised), "loss": float(loss)}
+        real = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+        supervised = (batch["labels"][:, 1:] != -100).sum()
+        loss = super().training_step(model, batch, *rest)
+        counted = {"tokens": real, "supervised_tokens": supervised, "loss": loss.detach()}  # read when all is done
         self.counts.append((self.state.global_step, counted))
         return loss
 
@@ -79,7 +86,8 @@ def main() -> None:
         print(json.dumps(isolation(trainer)))
         return
     trainer.train()
-    print(json.dumps({"baseline_mib": baseline, "steps": steps(trainer, clock)}))
+    device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else 0.0
+    print(json.dumps({"baseline_mib": baseline, "device_peak_mib": device, "steps": steps(trainer, clock)}))
 
 
 def parse() -> argparse.Namespace:
@@ -94,6 +102,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--optimizer-steps", type=int, required=True, help="steps of one pass over the rows")
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--steps", type=int, default=-1, help="stop early")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="0: all weights are trained")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
+    parser.add_argument("--liger", action="store_true", help="Liger's kernels")
     parser.add_argument("--check-isolation", action="store_true", help="whether packed examples see one another")
     return parser.parse_args()
 
@@ -104,40 +116,65 @@ def build(arguments: argparse.Namespace) -> tuple[Counting, Clock]:
     place = arguments.work / "model"
     dtype, _ = NUMBERS[arguments.numbers]
     clock, tokenizer = Clock(), AutoTokenizer.from_pretrained(place)
-    given = {
-        "model": AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation="sdpa"),
-        "train_dataset": Dataset.from_list(rows), "callbacks": [clock], "processing_class": tokenizer,
-    }
+    flash = arguments.device == "cuda" and dtype == torch.bfloat16 and find_spec("flash_attn")
+    family = AutoModelForImageTextToText if "image" in rows[0] else AutoModelForCausalLM
+    model = family.from_pretrained(place, dtype=dtype, attn_implementation="flash_attention_2" if flash else "sdpa")
+    given = {"train_dataset": Dataset.from_list(rows), "callbacks": [clock], "processing_class": tokenizer}
+    adapters = LoraConfig(r=arguments.lora, lora_alpha=2 * arguments.lora, target_modules="all-linear",
+                          task_type="CAUSAL_LM") if arguments.lora else None
     if arguments.program == "TRL":
-        trainer = CountingTRL(args=settings(arguments, rows), **given)
+        trainer = CountingTRL(model=model, args=settings(arguments, rows), peft_config=adapters, **given)
     else:
-        trainer = CountingTrainer(args=plain(arguments), data_collator=DataCollatorForSeq2Seq(tokenizer), **given)
+        if adapters is not None:
+            model = get_peft_model(model, adapters)
+        collate = Pictures(place, tokenizer) if "image" in rows[0] else DataCollatorForSeq2Seq(tokenizer)
+        trainer = CountingTrainer(model=model, args=plain(arguments), data_collator=collate, **given)
     trainer.counts = []
     return trainer, clock
+
+
+class Pictures:
+    """Padded rows with the pixels of their images, as transformers' Qwen3-VL wants them."""
+
+    def __init__(self, place: Path, tokenizer: Any) -> None:
+        self._pad = DataCollatorForSeq2Seq(tokenizer)
+        self._processor = Qwen2VLImageProcessorPil.from_pretrained(place)
+        self._token = tokenizer.convert_tokens_to_ids(inputs.IMAGE)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch: images end to end, one grid each."""
+        seen = [inputs.pixels(self._processor, row["image"]) for row in rows]
+        batch = self._pad([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+        return {
+            **batch, "mm_token_type_ids": (batch["input_ids"] == self._token).int(),
+            **{name: torch.cat([one[name] for one in seen]) for name in ("pixel_values", "image_grid_thw")},
+        }
 
 
 def plain(arguments: argparse.Namespace) -> TrainingArguments:
     """The same for transformers' `Trainer`: padded rows of similar length, and its own loss, over every position."""
     return TrainingArguments(**common(arguments), per_device_train_batch_size=arguments.size,
                              gradient_accumulation_steps=arguments.examples // arguments.size,
-                             train_sampling_strategy="group_by_length")
+                             train_sampling_strategy="group_by_length", remove_unused_columns=False)
 
 
 def settings(arguments: argparse.Namespace, rows: list[Row]) -> SFTConfig:
     """TRL's layout, with its loss of supervised positions only."""
-    return SFTConfig(**layout(arguments, rows), **common(arguments), loss_type="chunked_nll")
+    loss = "nll" if arguments.liger else "chunked_nll"  # Liger has its own fused loss
+    return SFTConfig(**layout(arguments, rows), **common(arguments), loss_type=loss)
 
 
 def common(arguments: argparse.Namespace) -> dict[str, Any]:
     """One pass with schoolhouse's optimizer and clipping, and everything off that is not training."""
     _, autocast = NUMBERS[arguments.numbers]
+    on_cpu = arguments.device == "cpu"
     return dict(
         output_dir=str(arguments.work / arguments.program), num_train_epochs=1, max_steps=arguments.steps,
-        bf16=autocast, gradient_checkpointing=False, optim="adamw_torch_fused",
-        learning_rate=arguments.learning_rate, lr_scheduler_type="constant", weight_decay=0.01, adam_beta1=0.9,
-        adam_beta2=0.95, adam_epsilon=1e-8, max_grad_norm=1.0, use_cpu=True, dataloader_num_workers=0,
-        dataloader_pin_memory=False, logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none",
-        disable_tqdm=True,
+        bf16=autocast, gradient_checkpointing=arguments.recompute, use_liger_kernel=arguments.liger, use_cpu=on_cpu,
+        optim="adamw_torch_fused", learning_rate=arguments.learning_rate, lr_scheduler_type="constant",
+        weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, max_grad_norm=1.0,
+        dataloader_num_workers=0 if on_cpu else 2, dataloader_pin_memory=not on_cpu, logging_strategy="no",
+        save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
     )
 
 
@@ -163,8 +200,10 @@ def isolation(trainer: Counting, tokens: int = 64) -> dict[str, float]:
     collated = trainer.data_collator([{"input_ids": row, "seq_lengths": [len(row)]} for row in (first, second)])
     collated.pop("labels")
     model = trainer.model.eval()
+    place = next(model.parameters()).device
+    collated = {name: one.to(place) if isinstance(one, torch.Tensor) else one for name, one in collated.items()}
     with torch.no_grad():
-        alone = model.base_model(input_ids=torch.tensor([second])).last_hidden_state[0]
+        alone = model.base_model(input_ids=torch.tensor([second], device=place)).last_hidden_state[0]
         behind = model.base_model(**collated).last_hidden_state[0, -len(second) :]
         control = model.base_model(input_ids=collated["input_ids"]).last_hidden_state[0, -len(second) :]
     errors = {"isolation_error": behind - alone, "control_error": control - alone}
@@ -176,7 +215,7 @@ def steps(trainer: Counting, clock: Clock) -> list[dict[str, float]]:
     records = [{"seconds": seconds, "tokens": 0, "supervised_tokens": 0, "loss": 0.0} for seconds in clock.seconds]
     for step, counted in trainer.counts:
         for key, value in counted.items():
-            records[step][key] += value
+            records[step][key] += torch.as_tensor(value).item()
     return records
 
 

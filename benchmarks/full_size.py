@@ -14,21 +14,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
+import _inputs as inputs
 import throughput as shared
+from _commands import run
 
 GIB = 2**30
-RATE = shared.LEARNING_RATE
-CONFIGURATION = {
-    "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4_864, "num_hidden_layers": 24,
-    "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True, "use_sliding_window": False, "bos_token_id": 151_643, "eos_token_id": 151_645,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-}
-"""Of Qwen/Qwen2.5-0.5B-Instruct."""
-LORA = {"rank": 32, "alpha": 16, "targets": "all-linear"}
+LORA = ("lora.rank=32", "lora.alpha=16", "lora.targets=all-linear")
+SAME = {"size": "qwen2.5-0.5b", "precision": "bfloat16", "device": "cpu", "steps": 2, "length": None, "lora": None,
+        "recompute": False}
+"""What `throughput` is told beside this command's options."""
 BYTES = {  # of a trained weight: its copy in bfloat16, master, gradient sum, two moments
     "schoolhouse": {"bfloat16 copies": 2, "masters": 4, "gradients": 4, "moments": 8},
     "TRL": {"weights": 4, "gradients": 4, "moments": 8},
@@ -59,53 +55,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for other programs to be quiet")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.steps = 2
+    options = parser.parse_args(namespace=argparse.Namespace(**SAME))
     if options.write:
-        write(options, options.write)
+        inputs.write(options, options.write)
         return
     with tempfile.TemporaryDirectory(prefix="full-size-") as place:
         work = Path(place)
-        shared.run([sys.executable, __file__, *sys.argv[1:], "--write", work], options)
+        run([sys.executable, __file__, *sys.argv[1:], "--write", work], options)
         for way in WAYS:
             if way.name in options.ways:
                 print("\n".join(measure(way, options, work)), flush=True)
 
 
-def write(options: argparse.Namespace, work: Path) -> None:
-    """The model, the rows for either side, and our recipes."""
-    import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    model = Qwen2ForCausalLM(Qwen2Config(**CONFIGURATION)).to(torch.bfloat16)
-    model.save_pretrained(work / "model")
-    tokenizer.save_pretrained(work / "model")
-    rows = list(islice(shared.read_rows(options.rows), options.steps * options.examples))
-    shared.write_lines(work / "rows.jsonl", rows)
-    shared.write_lines(work / "tokens.jsonl", [shared.encode(tokenizer, row) for row in rows])
-    for way in WAYS:
-        (work / f"{way.name}.yaml").write_text(json.dumps({
-            "model": {"path": str(work / "model"), "precision": "bfloat16"},
-            "data": {"train": str(work / "rows.jsonl"), "format": "question_answer", "cache": str(work / "cache")},
-            "batch": {"examples": options.examples, "tokens": options.tokens}, "device": "cpu",
-            "optim": {"learning_rate": RATE, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.01},
-            **({"lora": LORA} if way.lora else {}),
-        }))  # JSON is YAML
-
-
 def measure(way: Way, options: argparse.Namespace, work: Path) -> list[str]:
     """One contender's peak, its parts and its steps, as lines."""
     if way.program == "TRL":
-        found = shared.trl(shared.Contender("TRL", options.layout, "autocast"), options, work)
+        found = shared.peer(shared.Contender("TRL", options.layout, "autocast"), options, work)
         weights = trained = count(work)
     else:
         directory = work / way.name
-        finished = shared.run(
-            [sys.executable, "-m", "schoolhouse", "run", work / f"{way.name}.yaml", f"directory={directory}"], options)
+        command = [sys.executable, "-m", "schoolhouse", "run", work / "recipe.yaml", f"directory={directory}"]
+        finished = run([*command, *(LORA if way.lora else ())], options)
         lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-        imports = shared.run([sys.executable, "-c", "import schoolhouse.commands, schoolhouse.train"], options)
+        imports = run([sys.executable, "-c", "import schoolhouse.commands, schoolhouse.train"], options)
         found = shared.Measurement(imports.peak_mib, finished.peak_mib, finished.others,
                                    tuple(one for one in lines if one["kind"] == "step"))
         derived = json.loads((directory / "run.json").read_text())["derived"]

@@ -28,8 +28,6 @@ Sleeping at once doubles a small model's step; spinning for long lets one other 
 SWITCH = 1e-4
 """Seconds after which a thread that decodes images or writes a checkpoint lets Python go to the one that trains, which
 may wait after each of its thousand operations; Python's own are 50 times as many."""
-PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""PyTorch asks the kernel for large pages: a matrix as large as the vocabulary is a new one in every micro-batch."""
 CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 """Products that oneDNN remembers, each with its working memory: those of a micro-batch. Lengths are others in each, and
 1,024 of them, as it would have it, took a gibibyte and more of a small bfloat16 model's run."""
@@ -40,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     options = parse(arguments)
     spins = {} if "OMP_WAIT_POLICY" in os.environ else SPINS
-    os.environ.update({**ENVIRONMENT, **PAGES, **CACHES, **spins, **os.environ})
+    os.environ.update({**ENVIRONMENT, **CACHES, **spins, **os.environ})
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.setswitchinterval(SWITCH)

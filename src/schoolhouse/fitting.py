@@ -45,7 +45,7 @@ class Rehearsal:
 
     def fits(self, plan: Plan) -> bool:
         """Whether the heaviest micro-batches of a plan fit."""
-        _free()
+        memory.give_back(self.student.device)
         try:
             self.attempt(plan)
             return True
@@ -81,6 +81,7 @@ def refuse_too_large(rehearsal: Rehearsal, plan: Plan, known: int | None = None)
 
     `known` is a smaller `batch.tokens` that did.
     """
+    memory.give_back(rehearsal.student.device)
     try:
         rehearsal.attempt(plan)
     except DoesNotFitError as error:
@@ -93,6 +94,7 @@ def refuse_too_large(rehearsal: Rehearsal, plan: Plan, known: int | None = None)
             remedy=f"set batch.tokens={fits}, which fits and gives the same result" if fits else
             "lower batch.tokens, shorten the examples (data.max_tokens), or set model.activation_checkpointing=true",
         ) from None
+    memory.give_back(rehearsal.student.device)
 
 
 def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
@@ -105,7 +107,7 @@ def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
     """
     student = rehearsal.student
     together = student.mesh.world > 1
-    _free()
+    memory.give_back(student.device)
     held = memory.begin_peak(student.device) if together else 0
     refuse_too_large(rehearsal, plan)
     whole_step = int(np.sort(plan.lengths)[-plan.examples :].sum())
@@ -133,7 +135,7 @@ def _all_have_room(student: Student, held: int | None, ratio: float) -> bool:
     """Whether every process has room for `ratio` times what the last size took beyond `held`; one answer for all."""
     device, mesh = student.device, student.mesh
     most = memory.peak(device) if held is not None else None
-    _free()
+    memory.give_back(student.device)
     now = memory.begin_peak(device)
     mesh.barrier()  # before anybody looks at what is free, all have ended the last try
     known = None not in (held, most, now)
@@ -210,9 +212,3 @@ def _refused_memory() -> Iterator[None]:
         if not any(words in str(error) for words in CPU_SAYS):
             raise
         raise DoesNotFitError(str(error).splitlines()[0][-160:]) from None
-
-
-def _free() -> None:
-    """Give cached memory back to an accelerator, so that a smaller try meets no splinters of the larger one."""
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()

@@ -20,8 +20,26 @@ CHUNK_ELEMENTS, ON_ACCELERATOR = 1 << 24, 1 << 27
 LEAST_ROWS = 256
 """Rows of a chunk, at least: each reads the whole matrix, and adds to all of its gradient. At a vocabulary of 151,936
 110 rows at a time took 1.13 x as long on two cores as 256, and 384 took 0.92 x."""
-CACHED = 1 << 18
-"""Values of a processor's caches: float32 sums take bfloat16 products in pieces of as many."""
+CACHED = 1 << 20
+"""Values that stay in a processor's caches: what is done to logits one after another, and sums of bfloat16 products in
+float32, is done to as many at a time."""
+
+
+class Workspace:
+    """Memory for one chunk after another, and one micro-batch after another, on a processor, where fresh pages of
+    matrices as wide as the vocabulary take a tenth of a step. An accelerator's allocator remembers by itself."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, use: str, like: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, columns] of anything, where `like` is. What was taken for the same `use` before is overwritten."""
+        if like.device.type != "cpu":
+            return like.new_empty(rows, columns, dtype=dtype)
+        if (use, dtype) not in self._kept or self._kept[use, dtype].numel() < rows * columns:
+            self._kept.pop((use, dtype), None)
+            self._kept[use, dtype] = like.new_empty(rows * columns, dtype=dtype)
+        return self._kept[use, dtype][: rows * columns].view(rows, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +62,21 @@ def chunk_rows(vocabulary: int, place: torch.device) -> int:
 
 def linear_cross_entropy(
     hidden: torch.Tensor, head: Head, labels: torch.Tensor, weights: torch.Tensor, targets: torch.Tensor,
-    smoothing: float = 0.0, into: torch.Tensor | None = None, share: float = 1.0,
+    smoothing: float = 0.0, into: torch.Tensor | None = None, share: float = 1.0, workspace: Workspace | None = None,
 ) -> LossSum:
     """Summed loss of a micro-batch: hidden [1, S, D], labels and weights [1, S], targets i64[M] the supervised places.
 
     `smoothing` spreads this share of a target's probability evenly over the vocabulary (Szegedy et al., 2016,
     arXiv:1512.00567), as `F.cross_entropy(label_smoothing=…)` does.
     With `into` [V, D], the gradient of the head's matrix, times `share`, is added to it in forward and not returned:
-    the sum then has to be given exactly `share` as its gradient. No float32 matrix is made for it, and of bfloat16 one.
+    the sum then has to be given exactly `share` as its gradient. No matrix as large is made for it.
     With M = 0 the sum is 0 and still hangs on the graph, so that every rank runs its backward.
     """
     rows = hidden.flatten(0, 1).index_select(0, targets)
     chosen, weight = labels.flatten()[targets], weights.flatten()[targets]
     nll, correct = _LinearCrossEntropy.apply(
         rows, head.weight, head.bias, chosen, weight, head.scale, head.softcap, smoothing, into, share,
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled(), workspace or Workspace(),
     )
     return LossSum(nll, correct, weight.sum(dtype=torch.float64), len(targets), share)
 
@@ -67,8 +85,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of weighted cross-entropies of `rows` [M, D] with the gradients made on the way."""
 
     @staticmethod
-    def forward(ctx, rows, matrix, bias, labels, weights, scale, softcap, smoothing, into, share, training):
+    def forward(ctx, rows, matrix, bias, labels, weights, scale, softcap, smoothing, into, share, training, workspace):
         wanted = [training and needed for needed in ctx.needs_input_grad[:3]]
+        learns = any(wanted)
         accurate = torch.promote_types(rows.dtype, torch.float32)
         if rows.dtype == products.NARROW and products.wide_is_faster(rows.device):
             rows, matrix = rows.to(accurate), matrix.to(accurate)
@@ -79,40 +98,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_matrix = into if in_place else torch.empty_like(matrix, dtype=accurate) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=accurate) if bias is not None and wanted[2] else None
         size = min(chunk_rows(len(matrix), rows.device), max(1, len(rows)))
-        held = rows.new_empty(size, len(matrix), dtype=accurate)  # once for all chunks: fresh pages cost time
-        held_narrow = held if rows.dtype == accurate else rows.new_empty(size, len(matrix))
-        product = None if grad_matrix is None or rows.dtype == accurate else torch.empty_like(matrix)
+        held = workspace.take("products", rows, size, len(matrix), rows.dtype)
+        few = size if rows.device.type != "cpu" else max(1, CACHED // len(matrix))
+        wide = held if rows.dtype == accurate else workspace.take("logits", rows, min(few, size), len(matrix), accurate)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            logits = held[: len(rows[part])]
-            narrow = logits if held_narrow is held else held_narrow[: len(rows[part])]
+            narrow = held[: len(rows[part])]
             torch.mm(rows[part], matrix.T, out=narrow)
-            _cap(_copied(narrow, logits), bias, scale, softcap)
-            target, weight = labels[part].unsqueeze(1), weights[part].to(accurate).unsqueeze(1)
-            scores, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
-            correct += (scores == highest).sum()
-            if smoothing:
-                scores.lerp_(logits.mean(1, keepdim=True), smoothing)
-            slope = None if softcap is None else _slope(logits, softcap)
-            total = logits.sub_(highest).exp_().sum(1, keepdim=True)
-            nll += ((highest + total.log() - scores) * weight).sum(dtype=nll.dtype)
-            if not any(wanted):
-                continue
-            grad = logits.mul_(weight / total).scatter_add_(1, target, -weight * (1 - smoothing))
-            if smoothing:
-                grad.sub_(weight * (smoothing / len(matrix)))
-            if slope is not None:
-                grad.mul_(slope)
-            if scale != 1.0:
-                grad.mul_(scale)
-            narrow = _copied(grad, narrow)
+            for some, its_labels, its_weights in zip(
+                narrow.split(few), labels[part].split(few), weights[part].split(few), strict=True
+            ):
+                logits = some if wide is held else wide[: len(some)].copy_(some)
+                _cap(logits, bias, scale, softcap)
+                found, hits = _cross_entropy(logits, its_labels, its_weights.to(accurate), smoothing, softcap, learns)
+                nll += found.sum(dtype=nll.dtype)
+                correct += hits
+                if not learns:
+                    continue
+                if scale != 1.0:
+                    logits *= scale
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0)
+                if wide is not held:
+                    some.copy_(logits)
             if grad_rows is not None:
                 torch.mm(narrow, matrix, out=grad_rows[part])
             if grad_matrix is not None:
-                _add_product(grad_matrix, narrow.T, rows[part], product, share if in_place else 1.0, first=not begun)
+                _add_product(grad_matrix, narrow.T, rows[part], share if in_place else 1.0, not begun, workspace)
                 begun = True
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
         if grad_matrix is not None and not begun:
             grad_matrix.zero_()
         ctx.share = share if in_place else None
@@ -124,12 +137,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, above, _):
         assert ctx.share is None or above.device.type != "cpu" or float(above) == ctx.share, "a part was added already"
         grads = [None if grad is None else grad.mul_(above.to(grad.dtype)) for grad in ctx.saved_tensors]
-        return (*grads, *[None] * 8)
+        return (*grads, *[None] * 9)
 
 
-def _copied(values: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-    """`into` with these values in its number format; it may be they."""
-    return into if into is values else into.copy_(values)
+def _cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, smoothing: float, softcap: float | None,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted loss [R, 1] of logits [R, V], which are used up, and how many are highest at their label. Where
+    wanted they become its gradient: by what they were before `softcap`, where there is one."""
+    target, weight = labels.unsqueeze(1), weights.unsqueeze(1)
+    scores, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
+    correct = (scores == highest).sum()
+    if smoothing:
+        scores.lerp_(logits.mean(1, keepdim=True), smoothing)
+    slope = None if softcap is None or not gradient else (logits / softcap).square_().neg_().add_(1)
+    total = logits.sub_(highest).exp_().sum(1, keepdim=True)
+    loss = (highest + total.log() - scores) * weight
+    if not gradient:
+        return loss, correct
+    logits.mul_(weight / total).scatter_add_(1, target, -weight * (1 - smoothing))
+    if smoothing:
+        logits.sub_(weight * (smoothing / logits.shape[1]))
+    if slope is not None:
+        logits.mul_(slope)
+    return loss, correct
 
 
 def _cap(logits: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None) -> None:
@@ -142,25 +174,17 @@ def _cap(logits: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap:
         logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def _slope(logits: torch.Tensor, softcap: float) -> torch.Tensor:
-    """d capped / d uncapped, from the capped logits."""
-    return (logits / softcap).square_().neg_().add_(1)
-
-
 def _add_product(
-    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, product: torch.Tensor | None, share: float,
-    first: bool,
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, share: float, first: bool, workspace: Workspace
 ) -> None:
-    """total += share x left @ right, or = for the first; summed in the precision of `total`, by way of `product` if
-    that is narrower. A processor widens what it adds into a fresh copy: in pieces, which stay in its caches.
+    """total += share x left @ right, or = for the first; summed in the precision of `total`. Narrower products are made
+    in pieces: a processor widens what it adds into a fresh copy, which so stays in its caches.
     """
-    if product is None:
+    if right.dtype == total.dtype:
         torch.mm(left, right, out=total) if first else total.addmm_(left, right, alpha=share)
         return
-    torch.mm(left, right, out=product)
-    if first:
-        total.copy_(product)
-        return
-    rows = len(total) if total.device.type != "cpu" else max(1, CACHED // total.shape[1])
-    for part, more in zip(total.split(rows), product.split(rows), strict=True):
-        part.add_(more, alpha=share)
+    at_once = max(1, (CACHED if total.device.type == "cpu" else ON_ACCELERATOR) // total.shape[1])
+    product = workspace.take("piece", right, min(at_once, len(total)), total.shape[1], right.dtype)
+    for part, rows in zip(total.split(at_once), left.split(at_once), strict=True):
+        torch.mm(rows, right, out=product[: len(rows)])
+        part.copy_(product[: len(rows)]) if first else part.add_(product[: len(rows)], alpha=share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,19 @@ def _status(name: str) -> int | None:
     """Bytes that Linux tells of this process; None where it does not."""
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
+def give_back(device: torch.device) -> None:
+    """Memory that was freed goes back to the system or the accelerator, so that what is made next meets no splinters.
+
+    glibc keeps freed matrices of less than 32 MiB between those in use: a model of 0.5 billion weights that became
+    bfloat16 left 0.7 GiB behind, which activations did not use.
+    """
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+        return
+    with contextlib.suppress(AttributeError, OSError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def room(device: torch.device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -18,18 +19,26 @@ PLACE = Path(__file__).parents[2] / "benchmarks" / "throughput.py"
 @pytest.fixture(scope="module")
 def throughput() -> ModuleType:
     """The command as a module; `benchmarks` is no package."""
+    sys.path.insert(0, str(PLACE.parent))
     spec = importlib.util.spec_from_file_location("throughput", PLACE)
     module = importlib.util.module_from_spec(spec)
     sys.modules["throughput"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules["throughput"]
+    sys.path.remove(str(PLACE.parent))
 
 
 def measurement(throughput: ModuleType, seconds: list[float], peak: float, supervised: int = 400):
     """Steps of 1,000 tokens that took `seconds` each."""
     steps = [{"seconds": one, "tokens": 1000, "supervised_tokens": supervised, "loss": 2.0} for one in seconds]
     return throughput.Measurement(baseline_mib=300.0, peak_mib=peak, others=0.0, steps=tuple(steps))
+
+
+def options_of(**changes: object) -> Namespace:
+    """As the command line has them where nothing is said."""
+    return Namespace(**{"examples": 32, "tokens": 2048, "device": "cpu", "size": "small", "lora": None,
+                        "recompute": False, "length": None, "precision": "float32"} | changes)
 
 
 def recorded(throughput: ModuleType) -> dict:
@@ -76,9 +85,9 @@ def test_other_supervised_tokens_are_named(throughput):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_our_recipe_validates(throughput, tmp_path, precision):
-    options = Namespace(precision=precision, examples=32, tokens=2048)
+    options = options_of(precision=precision)
     page = tmp_path / "recipe.yaml"
-    page.write_text(throughput.recipe(options, tmp_path))
+    page.write_text(throughput.inputs.recipe(options, tmp_path))
     recipe = recipes.read(page, [f"directory={tmp_path / 'run'}"])
     assert recipe.model.precision == precision
     assert (recipe.batch.examples, recipe.batch.tokens, recipe.train.epochs) == (32, 2048, 1)
@@ -87,10 +96,10 @@ def test_our_recipe_validates(throughput, tmp_path, precision):
 
 
 def test_trl_is_started_with_what_its_worker_knows(throughput, tmp_path):
-    options = Namespace(examples=32, steps=8)
-    command = throughput.trl_command(throughput.Contender("TRL", "packed:1024", "autocast"), options, tmp_path)
+    options = options_of(steps=8)
+    command = throughput.peer_command(throughput.Contender("TRL", "packed:1024", "autocast"), options, tmp_path)
     named = dict(zip(command[2::2], command[3::2], strict=True))
-    worker = PLACE.with_name("_trl_worker.py").read_text()
+    worker = PLACE.with_name("_peer.py").read_text()
     assert named["--layout"] == "packed" and named["--size"] == "1024" and named["--numbers"] == "autocast"
     assert all(f'"{option}"' in worker for option in named)
 
@@ -103,5 +112,57 @@ def test_a_command_reports_its_memory(throughput):
 
 
 def test_a_command_that_fails_ends_the_benchmark_with_its_words(throughput):
-    with pytest.raises(SystemExit, match="no such thing"):
+    with pytest.raises(throughput.Failed, match="no such thing"):
         throughput.run([sys.executable, "-c", "raise SystemExit('no such thing')"], Namespace(threads=1, patience=0.0))
+
+
+@pytest.mark.parametrize(("size", "parameters"), [
+    ("qwen2.5-0.5b", 494_032_768), ("qwen3-8b", 8_190_735_360), ("qwen3-vl-2b", 2_127_532_032),
+])
+def test_sizes_are_those_of_the_models_they_are_named_after(throughput, size, parameters):
+    """By their number of weights, as the hub tells it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    family = AutoModelForImageTextToText if size in throughput.inputs.SEE else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = family.from_config(AutoConfig.for_model(**throughput.inputs.SIZES[size]))
+    assert sum(one.numel() for one in model.parameters()) == parameters
+
+
+def test_rows_are_joined_to_examples_of_nearly_a_length(throughput):
+    options = options_of(length=700, rows=None, tokenizer=None, vocabulary=4096)
+    tokenizer = throughput.inputs.cut_tokenizer(options)
+    rows = itertools.islice(throughput.inputs.long_rows(options, tokenizer), 20)
+    lengths = [len(throughput.inputs.encode(tokenizer, row)["input_ids"]) for row in rows]
+    assert max(lengths) <= 702 and min(lengths) > 550, lengths  # a stop token; a row that did not fit any more
+
+
+def test_a_peer_that_fails_is_left_out(throughput, monkeypatch, tmp_path, capsys):
+    ours = throughput.Contender("schoolhouse", "packed:2048", "float32")
+    theirs = [throughput.Contender("TRL", layout, "float32") for layout in ("padded:4", "padded:8")]
+    seen = []
+
+    def fails(contender, *_):
+        seen.append(contender)
+        if contender.layout == "padded:8":
+            raise throughput.Failed("a command\nended with 1:\ntorch.OutOfMemoryError: CUDA out of memory")
+        return measurement(throughput, [1.0] * 3, 1.0)
+
+    monkeypatch.setattr(throughput, "schoolhouse", fails)
+    monkeypatch.setattr(throughput, "peer", fails)
+    turns = throughput.alternate([ours, *theirs], options_of(rounds=2), tmp_path)
+    assert list(turns) == [ours, theirs[0]] and len(turns[ours]) == 2 and seen.count(theirs[1]) == 1
+    assert "TRL padded:8 float32: left out: torch.OutOfMemoryError: CUDA out of memory" in capsys.readouterr().out
+    broken = throughput.Contender("schoolhouse", "padded:8", "float32")
+    with pytest.raises(throughput.Failed):
+        throughput.alternate([broken], options_of(rounds=1), tmp_path)
+
+
+def test_mfu_of_a_peer_is_in_proportion(throughput):
+    turns = recorded(throughput)
+    assert throughput.mfus(turns) == []
+    ours = next(iter(turns))
+    told = [{**step, "mfu": 0.5} for step in turns[ours][0].steps]
+    turns[ours] = [throughput.Measurement(300.0, 500.0, 0.0, tuple(told))] * 3
+    assert throughput.report(turns).splitlines()[-1] == "MFU: schoolhouse 0.500, TRL padded:4 float32 0.250"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -265,3 +266,22 @@ print(resident() - before)
     environment = {**os.environ, **cli.CACHES}
     said = subprocess.run([sys.executable, "-c", grown], env=environment, check=True, capture_output=True, text=True)
     assert float(said.stdout) < 150
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory that it can give back")
+def test_freed_matrices_go_back_to_the_system() -> None:
+    """512 MiB of matrices between others that stay: as a model leaves that was read in float32 and became bfloat16."""
+    program = """
+import torch
+from schoolhouse import memory
+cpu = torch.device("cpu")
+torch.empty((1 << 23) - 1024).fill_(1.0)  # one of 32 MiB: from here on glibc takes smaller ones from its heap
+pairs = [(torch.ones(1 << 20), torch.ones(1 << 10)) for _ in range(128)]
+kept = [small for _, small in pairs]
+del pairs
+before = memory.begin_peak(cpu)
+memory.give_back(cpu)
+print(before - memory.begin_peak(cpu))
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert int(told) > 400 * 2**20

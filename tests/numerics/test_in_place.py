@@ -73,6 +73,21 @@ def test_nothing_as_large_as_a_table_is_made(tied: bool, in_place: bool) -> None
     assert (fresh.largest < VOCABULARY * WIDTH) is in_place
 
 
+def test_logits_are_made_where_those_before_were() -> None:
+    """From the second micro-batch on a processor has no fresh page for them, nor for products with them; bfloat16."""
+    one = student("qwen3", tie_word_embeddings=True, vocab_size=VOCABULARY, hidden_size=WIDTH)
+    one.model.bfloat16()
+    optimizer = Optimizer(one.model, Optim(), "bfloat16")
+    one.add_in_place(optimizer.total)
+    first = one.loss(micro())
+    first.backward()
+    sums = [master.grad for master in optimizer.masters.values()]
+    with Fresh([one.head.weight, *sums, *one._workspace._kept.values()]) as fresh:
+        found = one.loss(micro())
+    assert fresh.largest < VOCABULARY * min(WIDTH, len(micro().targets))
+    assert torch.equal(found.nll, first.nll)
+
+
 def test_a_gradient_that_was_added_counts_once() -> None:
     """The share is promised before it is added; another one afterwards is an error, not a wrong gradient."""
     hidden = torch.randn(1, 9, 4, requires_grad=True)

@@ -43,6 +43,7 @@ class Student(nn.Module):
         """The kernels of attention that proved themselves on the device."""
         self.totals: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None
         """Where the gradients of a trained table of tokens are summed up, if they may be added there in place."""
+        self._workspace = loss.Workspace()
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +111,8 @@ class Student(nn.Module):
                 **sight.inputs(self.model, part.vision, part.input_ids, self.exchange),
             )
         found = loss.linear_cross_entropy(
-            out.last_hidden_state, head, part.labels, part.weights, part.targets, added.smoothing, totals[0], share
+            out.last_hidden_state, head, part.labels, part.weights, part.targets, added.smoothing, totals[0], share,
+            self._workspace,
         )
         nll = found.nll + self._balance(out, worth, span, added.balance) if added.balance else found.nll
         return nll, found.correct, found.supervised
