@@ -83,7 +83,7 @@ def main() -> None:
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
     trainer, clock = build(arguments)
     if arguments.check_isolation:
-        print(json.dumps(isolation(trainer)))
+        print(json.dumps(isolation(trainer, NUMBERS[arguments.numbers][1])))
         return
     trainer.train()
     device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else 0.0
@@ -116,7 +116,7 @@ def build(arguments: argparse.Namespace) -> tuple[Counting, Clock]:
     place = arguments.work / "model"
     dtype, _ = NUMBERS[arguments.numbers]
     clock, tokenizer = Clock(), AutoTokenizer.from_pretrained(place)
-    flash = arguments.device == "cuda" and dtype == torch.bfloat16 and find_spec("flash_attn")
+    flash = arguments.device == "cuda" and arguments.numbers != "float32" and find_spec("flash_attn")
     family = AutoModelForImageTextToText if "image" in rows[0] else AutoModelForCausalLM
     model = family.from_pretrained(place, dtype=dtype, attn_implementation="flash_attention_2" if flash else "sdpa")
     given = {"train_dataset": Dataset.from_list(rows), "callbacks": [clock], "processing_class": tokenizer}
@@ -191,8 +191,9 @@ def layout(arguments: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
             "gradient_accumulation_steps": arguments.examples // size}
 
 
-def isolation(trainer: Counting, tokens: int = 64) -> dict[str, float]:
-    """Largest difference of an example's hidden states behind another in TRL's batch from those it has alone.
+def isolation(trainer: Counting, autocast: bool, tokens: int = 64) -> dict[str, float]:
+    """Largest difference of an example's hidden states behind another in TRL's batch from those it has alone, with or
+    without autocast.
 
     The control has positions that do not restart, which is how TRL's batch would look to a model that cannot tell.
     """
@@ -202,7 +203,7 @@ def isolation(trainer: Counting, tokens: int = 64) -> dict[str, float]:
     model = trainer.model.eval()
     place = next(model.parameters()).device
     collated = {name: one.to(place) if isinstance(one, torch.Tensor) else one for name, one in collated.items()}
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=autocast):
         alone = model.base_model(input_ids=torch.tensor([second], device=place)).last_hidden_state[0]
         behind = model.base_model(**collated).last_hidden_state[0, -len(second) :]
         control = model.base_model(input_ids=collated["input_ids"]).last_hidden_state[0, -len(second) :]

@@ -16,7 +16,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -97,8 +97,8 @@ def compare(options: argparse.Namespace) -> None:
         work = Path(place)
         run([sys.executable, __file__, *sys.argv[1:], "--write-inputs", work], options)  # its peak is not ours
         facts = json.loads((work / "facts.json").read_text())
-        found = search(options, work) if options.trl is None else named("TRL", options.trl, options)
-        found += named("Trainer", options.trainer, options)
+        found = search(options, work) if options.trl is None else named("TRL", options.trl, options, work)
+        found += named("Trainer", options.trainer, options, work)
         run([sys.executable, "-m", "schoolhouse", "check", work / "recipe.yaml"], options)  # rows are prepared once
         contenders = [Contender("schoolhouse", f"packed:{options.tokens}", options.precision), *found]
         turns = alternate(contenders, options, work)
@@ -142,6 +142,11 @@ def parse() -> argparse.Namespace:
     if options.size in inputs.SEE and (options.trl != [] or options.rows is None):
         parser.error(f"{options.size} takes rows of images (--rows), and transformers' Trainer beside it: --trl "
                      "without layouts, --trainer padded:8. TRL's own way to images needs torchvision")
+    if options.size in inputs.SEE and options.length:
+        parser.error("rows with images are not joined: leave --length out")
+    for program, layout in [("TRL", one) for one in options.trl or ()] + [("Trainer", one) for one in options.trainer]:
+        if why := misfit(program, layout, options.examples):
+            parser.error(f"{program} {layout}: {why}")
     if options.write_inputs:
         inputs.write(options, options.write_inputs)
         sys.exit()
@@ -153,38 +158,61 @@ def parse() -> argparse.Namespace:
 
 def search(options: argparse.Namespace, work: Path) -> list[Contender]:
     """TRL's fastest layouts by a short look at each; those that let examples see one another are left out."""
-    leaking = {layout for layout in ("padding_free", "packed") if leaks(layout, options, work)}
     liger = ("", LIGER) if options.device != "cpu" and find_spec("liger_kernel") else ("",)
+    layouts = [one for one in SEARCHED[options.device] if not misfit("TRL", one, options.examples)]
     finalists = []
     for numbers in NUMBERS[options.precision]:
         rates = {}
-        for layout in map("".join, itertools.product(SEARCHED[options.device], liger)):
-            if layout.partition(":")[0] in leaking:
-                print(f"search: TRL {layout} {numbers}: left out, its examples see one another on this device")
-                continue
+        for contender in isolated("TRL", map("".join, itertools.product(layouts, liger)), numbers, options, work):
             try:
-                found = peer(Contender("TRL", layout, numbers), options, work, steps=WARM_UP + 2)
+                found = peer(contender, options, work, steps=WARM_UP + 2)
             except Failed as failed:
-                print(f"search: TRL {layout} {numbers}: left out: {failed.brief}")
+                print(f"search: {contender}: left out: {failed.brief}")
                 continue
-            rates[layout] = found.rate("tokens")
-            print(f"search: TRL {layout} {numbers}: {brief(found)}", flush=True)
-        best = sorted(rates, key=rates.__getitem__, reverse=True)[:FINALISTS]
-        finalists += [Contender("TRL", layout, numbers) for layout in best]
+            rates[contender] = found.rate("tokens")
+            print(f"search: {contender}: {brief(found)}", flush=True)
+        finalists += sorted(rates, key=rates.__getitem__, reverse=True)[:FINALISTS]
     return finalists
 
 
-def named(program: str, layouts: Sequence[str], options: argparse.Namespace) -> list[Contender]:
+def named(program: str, layouts: Sequence[str], options: argparse.Namespace, work: Path) -> list[Contender]:
     """A program's layouts that were named, in every counterpart of the precision."""
-    return [Contender(program, layout, numbers) for numbers in NUMBERS[options.precision] for layout in layouts]
+    return [one for numbers in NUMBERS[options.precision] for one in isolated(program, layouts, numbers, options, work)]
 
 
-def leaks(layout: str, options: argparse.Namespace, work: Path) -> bool:
+def misfit(program: str, layout: str, examples: int) -> str:
+    """Why a layout cannot take part in steps of so many examples; empty where it can."""
+    kind, _, size = layout.removesuffix(LIGER).partition(":")
+    if kind not in ("padded", "padding_free", "packed") or not size.isdecimal():
+        return "a layout is padded:N, padding_free:N or packed:N"
+    if program == "Trainer" and kind != "padded":
+        return "transformers' Trainer pads: padded:N"
+    if kind != "packed" and (int(size) < 1 or examples % int(size)):
+        return f"{examples} examples of a step are not so many micro-batches"
+    return ""
+
+
+def isolated(
+    program: str, layouts: Iterable[str], numbers: str, options: argparse.Namespace, work: Path
+) -> Iterator[Contender]:
+    """The contenders of these layouts whose examples do not see one another on this device, in this number format."""
+    leaking: dict[str, bool] = {}
+    for layout in layouts:
+        kind = layout.partition(":")[0]
+        if kind != "padded" and kind not in leaking:
+            leaking[kind] = leaks(kind, numbers, options, work)
+        contender = Contender(program, layout, numbers)
+        if leaking.get(kind):
+            print(f"{contender}: left out, its examples see one another on this device")
+        else:
+            yield contender
+
+
+def leaks(layout: str, numbers: str, options: argparse.Namespace, work: Path) -> bool:
     """Whether an example's hidden states change with what stands before it in TRL's batch."""
-    numbers = "float32" if options.device == "cpu" else "bfloat16"  # which FlashAttention wants
     command = peer_command(Contender("TRL", f"{layout}:0", numbers), options, work)
     found = json.loads(run([*command, "--check-isolation"], options).output.splitlines()[-1])
-    print(f"search: TRL {layout}: hidden states differ by {found['isolation_error']:.1e} from an example's alone "
+    print(f"TRL {layout} {numbers}: hidden states differ by {found['isolation_error']:.1e} from an example's alone "
           f"(by {found['control_error']:.1e} where its examples are made to see one another)")
     return found["isolation_error"] > LEAK * found["control_error"]
 

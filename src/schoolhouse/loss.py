@@ -38,7 +38,8 @@ class Workspace:
             return like.new_empty(rows, columns, dtype=dtype)
         if (use, dtype) not in self._kept or self._kept[use, dtype].numel() < rows * columns:
             self._kept.pop((use, dtype), None)
-            self._kept[use, dtype] = like.new_empty(rows * columns, dtype=dtype)
+            with torch.inference_mode(False):  # else it could serve nothing but inference from then on
+                self._kept[use, dtype] = like.new_empty(rows * columns, dtype=dtype)
         return self._kept[use, dtype][: rows * columns].view(rows, columns)
 
 

@@ -166,3 +166,20 @@ def test_mfu_of_a_peer_is_in_proportion(throughput):
     told = [{**step, "mfu": 0.5} for step in turns[ours][0].steps]
     turns[ours] = [throughput.Measurement(300.0, 500.0, 0.0, tuple(told))] * 3
     assert throughput.report(turns).splitlines()[-1] == "MFU: schoolhouse 0.500, TRL padded:4 float32 0.250"
+
+
+@pytest.mark.parametrize(("program", "layout", "why"), [
+    ("TRL", "padded:4", ""), ("TRL", "packed:0+liger", ""), ("Trainer", "padded:8", ""),
+    ("Trainer", "packed:1024", "Trainer pads"), ("TRL", "padded:3", "32 examples"), ("TRL", "padded:64", "32 examples"),
+    ("TRL", "padded", "a layout is"), ("TRL", "paded:4", "a layout is"), ("TRL", "padding_free:0", "32 examples"),
+])
+def test_layouts_that_would_compare_something_else_are_refused(throughput, program, layout, why):
+    found = throughput.misfit(program, layout, 32)
+    assert why in found and bool(why) == bool(found)
+
+
+def test_a_layout_whose_examples_see_one_another_is_left_out_even_if_named(throughput, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(throughput, "leaks", lambda kind, numbers, *_: kind == "packed")
+    found = throughput.named("TRL", ["padded:4", "packed:512", "padding_free:4"], options_of(), tmp_path)
+    assert [one.layout for one in found] == ["padded:4", "padding_free:4"]
+    assert "TRL packed:512 float32: left out" in capsys.readouterr().out

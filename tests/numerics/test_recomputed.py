@@ -141,18 +141,24 @@ def _tensors() -> list[Tensor]:
 class Lazy:
     """A stream whose copies happen when another stream waits for it, as late as a device may make them."""
 
-    def __init__(self) -> None:
-        self.waiting: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = []
+    def __init__(self, place: torch.device | None = None) -> None:
+        self.waiting: list[tuple[Callable[[], Tensor | None], Callable[[], Tensor | None]]] = []
         self.seen = 0
 
     def wait_stream(self, other: Lazy) -> None:
         while other.waiting:
             into, source = (one() for one in other.waiting.pop(0))
-            if source is None:
+            if into is not None and on_host(into) and source is None:
                 raise AssertionError("a tensor was given up before it was copied")
-            if into is not None:
+            if into is None and on_host(source):
+                raise AssertionError("memory was given up while it was being written")
+            if into is not None:  # a copy to host memory that nobody wants any more does no harm
                 into.copy_(source)
                 self.seen += 1
+
+
+def on_host(tensor: Tensor) -> bool:
+    return vars(tensor).get("on_host", False)
 
 
 class Device(types.SimpleNamespace):
@@ -161,7 +167,7 @@ class Device(types.SimpleNamespace):
     def __init__(self) -> None:
         super().__init__(Stream=Lazy, main=Lazy(), now=None)
 
-    def current_stream(self) -> Lazy:
+    def current_stream(self, place: torch.device) -> Lazy:
         return self.now or self.main
 
     def stream(self, chosen: Lazy) -> Any:
@@ -186,12 +192,18 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> Device:
     def late(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if not non_blocking or device.now is None:
             return copy(into, source, non_blocking)
-        device.now.waiting.append((weakref.ref(into), weakref.ref(source)))
+        held = (lambda: source) if on_host(source) else weakref.ref(source)  # pinned memory waits for its copies
+        device.now.waiting.append((weakref.ref(into), held))
         return into
+
+    def nonsense(like: Tensor, **named: Any) -> Tensor:
+        made = empty_like(like, **named).fill_(torch.nan)
+        made.on_host = isinstance(named["device"], str)  # named so, and not the place that is trained on
+        return made
 
     monkeypatch.setattr(torch, "get_device_module", lambda place: device)
     monkeypatch.setattr(Tensor, "copy_", late)
-    monkeypatch.setattr(torch, "empty_like", lambda *given, **named: empty_like(*given, **named).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", nonsense)
     return device
 
 
@@ -234,6 +246,80 @@ def test_a_copy_that_is_not_waited_for_is_seen(lazy: Device, monkeypatch: pytest
     with pytest.raises(AssertionError, match="before it was copied"):
         model(torch.ones(5, 8, requires_grad=True)).sum().backward()
         assert not any(one.grad.isnan().any() for one in model.parameters()), "before it was copied"
+
+
+def test_a_backward_that_fails_gives_up_no_memory_that_is_written(lazy: Device) -> None:
+    """As where a block does not fit and a smaller micro-batch is tried: the next one is right."""
+    offload, fails = Offload(CPU, 0), [True]
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states: Tensor) -> Tensor:
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx, above: Tensor) -> Tensor:
+            if fails:
+                raise MemoryError(fails.pop())
+            return above
+
+    model = chain(6, offload, [])
+    forward = model[3].forward
+    model[3].forward = lambda states: Failing.apply(forward(states))
+    with pytest.raises(MemoryError):
+        model(torch.ones(5, 8, requires_grad=True)).sum().backward()
+    gc.collect()
+    model.zero_grad()
+    found = []
+    for one in (model, chain(6, Offload(CPU, 1 << 40), [])):
+        one(torch.ones(5, 8, requires_grad=True)).sum().backward()
+        found.append([each.grad for each in one.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_block_that_changes_its_input_is_refused(blocks: int) -> None:
+    """As autograd does; the copy in host memory would be of before, or of in between."""
+
+    def changes(states: Tensor) -> Tensor:
+        out = (states * 2).sin()
+        states.add_(1)
+        return out * states
+
+    kept = Offload(CPU, 0).around(lambda states: checkpoint(changes, states, use_reentrant=False))
+    with pytest.raises(RuntimeError, match="changes its input in place"):
+        states = torch.ones(4, requires_grad=True) * 1
+        for _ in range(blocks):
+            states = kept(states)
+        states.sum().backward()
+
+
+def test_what_draws_is_drawn_again() -> None:
+    """A kernel with dropout is not kept: what is dropped after it would be others."""
+    given = [torch.randn(1, 4, 8, 4, requires_grad=True) for _ in range(3)]
+
+    def forward(*states: Tensor) -> Tensor:
+        with attended.kernel(dropout=0.5):
+            out = nn.functional.scaled_dot_product_attention(*states)
+        return nn.functional.dropout(out, 0.5)
+
+    for one, calls in ((forward, 2), (attended.twice(forward), 2)):
+        with Counted() as counted:
+            checkpoint(one, *given, use_reentrant=False).sum().backward()
+        assert counted.calls.total() == calls
+
+
+def test_kept_results_serve_once() -> None:
+    given = torch.randn(1, 2, 8, 4, requires_grad=True)
+
+    def attend(states: Tensor) -> Tensor:
+        with attended.kernel():
+            return nn.functional.scaled_dot_product_attention(states, states, states).sin()
+
+    out = checkpoint(attended.twice(attend), given, use_reentrant=False).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be had once"):
+        out.backward()
 
 
 def test_the_device_holds_one_input_between_forward_and_backward() -> None:

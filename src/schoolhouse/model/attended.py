@@ -29,9 +29,12 @@ Around = Callable[[], contextlib.AbstractContextManager[Any]]
 _around: ContextVar[Around] = ContextVar("around")
 
 
-def kernel() -> contextlib.AbstractContextManager[Any]:
-    """Around the call of a kernel: its result is kept, or is the one that was kept, where a block wants that."""
-    return _around.get(contextlib.nullcontext)()
+def kernel(dropout: float = 0.0) -> contextlib.AbstractContextManager[Any]:
+    """Around the call of a kernel: its result is kept, or is the one that was kept, where a block wants that.
+
+    One with `dropout` draws random numbers, and has to draw them again: else all that is drawn after it were others.
+    """
+    return contextlib.nullcontext() if dropout else _around.get(contextlib.nullcontext)()
 
 
 def twice(forward: Callable) -> Callable:
@@ -40,7 +43,7 @@ def twice(forward: Callable) -> Callable:
     ways = iter((functools.partial(_keep, results),))
 
     def either(*args: Any, **kwargs: Any) -> Any:
-        before = _around.set(next(ways, results.popleft))
+        before = _around.set(next(ways, functools.partial(_next, results)))
         try:
             return forward(*args, **kwargs)
         finally:
@@ -53,6 +56,12 @@ def _keep(results: deque[contextlib.AbstractContextManager[Any]]) -> contextlib.
     once, again = create_selective_checkpoint_contexts(_policy)
     results.append(again)
     return once
+
+
+def _next(results: deque[contextlib.AbstractContextManager[Any]]) -> contextlib.AbstractContextManager[Any]:
+    if not results:
+        raise RuntimeError("results of attention that were kept can be had once: this block is computed a third time")
+    return results.popleft()
 
 
 def _policy(_: object, operation: Any, *__: object, **___: object) -> CheckpointPolicy:

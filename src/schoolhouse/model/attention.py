@@ -213,7 +213,7 @@ def _looked_up(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rule: Rule
 ) -> torch.Tensor:
     """Attention by PyTorch's own function, which keeps the scores to itself."""
-    with attended.kernel():
+    with attended.kernel(rule.dropout):
         return products.attend(
             query, key, value, mask, dropout_p=rule.dropout, scale=rule.scaling,
             is_causal=rule.causal and mask is None, enable_gqa=query.shape[1] != key.shape[1],

@@ -32,6 +32,8 @@ class _Away:
     """The same on the device: not yet gone, or back already."""
     before: _Away | None
     """The one that was handed in before it, which backward wants after it."""
+    version: int
+    """How often it had been changed in place when it was handed in."""
 
 
 def to_host(place: torch.device) -> Offload:
@@ -51,7 +53,9 @@ class Offload:
     def __init__(self, place: torch.device, least: int = LEAST) -> None:
         self._place, self._least = place, least
         self._device = torch.get_device_module(place)
-        self._out, self._back = self._device.Stream(), self._device.Stream()
+        self._out, self._back = self._device.Stream(place), self._device.Stream(place)
+        self._coming: list[Tensor] = []
+        """What is being copied to the device: its memory is nobody else's until the main stream has waited."""
         self._last: Callable[[], _Away | None] = lambda: None
 
     def around(self, forward: Callable) -> Callable:
@@ -65,24 +69,28 @@ class Offload:
         return kept
 
     def _put(self, tensor: Tensor) -> Tensor | _Away:
-        if tensor.nbytes < self._least:
+        if tensor.nbytes < self._least or tensor.device.type != self._place.type:
             return tensor
         last = self._last()
         if last is not None and last.here is not None:
             self._main().wait_stream(self._out)  # whatever takes its memory now comes after its copy
+            _refuse_changed(last)
             last.here = None
         here = tensor.detach()
         host = torch.empty_like(here, device="cpu", pin_memory=self._place.type != "cpu")
         self._copy(self._out, host, here)
-        away = _Away(host, here, last)
+        away = _Away(host, here, last, here._version)
         self._last = weakref.ref(away)
         return away
 
     def _get(self, kept: Tensor | _Away) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
+        if kept.here is not None and not self._is_coming(kept.here):
+            _refuse_changed(kept)  # it never left
         self._fetch(kept)
         self._main().wait_stream(self._back)
+        self._coming.clear()
         if kept.before is not None:
             self._fetch(kept.before)
         here, kept.here = kept.here, None
@@ -93,7 +101,11 @@ class Offload:
         if away.here is None:
             away.here = torch.empty_like(away.host, device=self._place, pin_memory=False)
             self._back.wait_stream(self._out)
+            self._coming.append(away.here)
             self._copy(self._back, away.here, away.host)
+
+    def _is_coming(self, tensor: Tensor) -> bool:
+        return any(one is tensor for one in self._coming)
 
     def _copy(self, stream: Any, into: Tensor, source: Tensor) -> None:
         stream.wait_stream(self._main())  # which wrote what is copied, and used before what is written
@@ -101,4 +113,10 @@ class Offload:
             into.copy_(source, non_blocking=True)
 
     def _main(self) -> Any:
-        return self._device.current_stream()
+        return self._device.current_stream(self._place)
+
+
+def _refuse_changed(away: _Away) -> None:
+    """Raise RuntimeError, as autograd does for what it keeps itself, where a block changed its input in place."""
+    if away.here._version != away.version:
+        raise RuntimeError("a block changes its input in place, which activation_offload cannot keep for backward")
