@@ -74,12 +74,7 @@ def measure(way: Way, options: argparse.Namespace, work: Path) -> list[str]:
         weights = trained = count(work)
     else:
         directory = work / way.name
-        command = [sys.executable, "-m", "schoolhouse", "run", work / "recipe.yaml", f"directory={directory}"]
-        finished = run([*command, *(LORA if way.lora else ())], options)
-        lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-        imports = run([sys.executable, "-c", "import schoolhouse.commands, schoolhouse.train"], options)
-        found = shared.Measurement(imports.peak_mib, finished.peak_mib, finished.others,
-                                   tuple(one for one in lines if one["kind"] == "step"))
+        found = shared.ours(directory, LORA if way.lora else (), options, work)
         derived = json.loads((directory / "run.json").read_text())["derived"]
         weights, trained = derived["parameters"], derived["trainable"]
     return [f"\n{way.program} {'LoRA' if way.lora else 'full'}: peak {found.peak_mib / 1024:.2f} GiB, "

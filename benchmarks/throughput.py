@@ -247,9 +247,14 @@ def brief(found: Measurement) -> str:
 def schoolhouse(contender: Contender, options: argparse.Namespace, work: Path) -> Measurement:
     """One run of our command line, read from its run directory."""
     with tempfile.TemporaryDirectory(dir=work) as directory:
-        command = [sys.executable, "-m", "schoolhouse", "run", work / "recipe.yaml", f"directory={directory}"]
-        finished = run([*command, *options.ours], options)
-        lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
+        return ours(Path(directory), options.ours, options, work)
+
+
+def ours(directory: Path, more: Sequence[str], options: argparse.Namespace, work: Path) -> Measurement:
+    """One run of our command line into a directory, with more settings."""
+    command = [sys.executable, "-m", "schoolhouse", "run", work / "recipe.yaml", f"directory={directory}"]
+    finished = run([*command, *more], options)
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
     steps = tuple(record for record in map(json.loads, lines) if record["kind"] == "step")
     if options.device != "cpu":
         peak = max(step["peak_memory_gib"] for step in steps) * 1024

@@ -85,23 +85,17 @@ SourcesOrShare = Annotated[
 ]
 
 
-def _count_or_word(value: object) -> str:
-    return "one-of-words" if isinstance(value, str) else "one-of-counts"
-
-
-def _switch_or_word(value: object) -> str:
-    return "one-of-words" if isinstance(value, str) else "one-of-switches"
+def _word_or_other(value: object) -> str:
+    return "one-of-words" if isinstance(value, str) else "one-of-others"
 
 
 CountOrAuto = Annotated[
-    Annotated[PositiveInt, Tag("one-of-counts")] | Annotated[Literal["auto"], Tag("one-of-words")],
-    Discriminator(_count_or_word),
+    Annotated[PositiveInt, Tag("one-of-others")] | Annotated[Literal["auto"], Tag("one-of-words")],
+    Discriminator(_word_or_other),
 ]
-
-
 SwitchOrSelective = Annotated[
-    Annotated[Switch, Tag("one-of-switches")] | Annotated[Literal["selective"], Tag("one-of-words")],
-    Discriminator(_switch_or_word),
+    Annotated[Switch, Tag("one-of-others")] | Annotated[Literal["selective"], Tag("one-of-words")],
+    Discriminator(_word_or_other),
 ]
 
 

@@ -45,7 +45,6 @@ class Rehearsal:
 
     def fits(self, plan: Plan) -> bool:
         """Whether the heaviest micro-batches of a plan fit."""
-        memory.give_back(self.student.device)
         try:
             self.attempt(plan)
             return True
@@ -53,13 +52,18 @@ class Rehearsal:
             return False
 
     def attempt(self, plan: Plan) -> None:
-        """One update with each of them, with the learning rate 0, which moves no weight; raises DoesNotFitError."""
+        """One update with each of them, with the learning rate 0, which moves no weight; raises DoesNotFitError.
+
+        Freed memory is given back before and after, so that neither a smaller try nor training meets its splinters.
+        """
+        memory.give_back(self.student.device)
         for pack in heaviest_packs(plan, self.store.largest_image):
             with _refused_memory(), memory.capped(self.student.device):
                 try:
                     self._update(pack)
                 finally:
                     self.optimizer.begin_again()
+        memory.give_back(self.student.device)
 
     def _update(self, pack: Sequence[int]) -> None:
         student = self.student
@@ -81,7 +85,6 @@ def refuse_too_large(rehearsal: Rehearsal, plan: Plan, known: int | None = None)
 
     `known` is a smaller `batch.tokens` that did.
     """
-    memory.give_back(rehearsal.student.device)
     try:
         rehearsal.attempt(plan)
     except DoesNotFitError as error:
@@ -94,7 +97,6 @@ def refuse_too_large(rehearsal: Rehearsal, plan: Plan, known: int | None = None)
             remedy=f"set batch.tokens={fits}, which fits and gives the same result" if fits else
             "lower batch.tokens, shorten the examples (data.max_tokens), or set model.activation_checkpointing=true",
         ) from None
-    memory.give_back(rehearsal.student.device)
 
 
 def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
@@ -135,7 +137,6 @@ def _all_have_room(student: Student, held: int | None, ratio: float) -> bool:
     """Whether every process has room for `ratio` times what the last size took beyond `held`; one answer for all."""
     device, mesh = student.device, student.mesh
     most = memory.peak(device) if held is not None else None
-    memory.give_back(student.device)
     now = memory.begin_peak(device)
     mesh.barrier()  # before anybody looks at what is free, all have ended the last try
     known = None not in (held, most, now)

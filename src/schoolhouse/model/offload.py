@@ -33,7 +33,7 @@ class _Away:
     before: _Away | None
     """The one that was handed in before it, which backward wants after it."""
     version: int
-    """How often it had been changed in place when it was handed in."""
+    """How often `here` had been changed in place when it was handed in, or sent for."""
 
 
 def to_host(place: torch.device) -> Offload:
@@ -86,8 +86,8 @@ class Offload:
     def _get(self, kept: Tensor | _Away) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        if kept.here is not None and not self._is_coming(kept.here):
-            _refuse_changed(kept)  # it never left
+        if kept.here is not None:
+            _refuse_changed(kept)
         self._fetch(kept)
         self._main().wait_stream(self._back)
         self._coming.clear()
@@ -103,9 +103,7 @@ class Offload:
             self._back.wait_stream(self._out)
             self._coming.append(away.here)
             self._copy(self._back, away.here, away.host)
-
-    def _is_coming(self, tensor: Tensor) -> bool:
-        return any(one is tensor for one in self._coming)
+            away.version = away.here._version
 
     def _copy(self, stream: Any, into: Tensor, source: Tensor) -> None:
         stream.wait_stream(self._main())  # which wrote what is copied, and used before what is written

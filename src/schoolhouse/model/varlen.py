@@ -255,12 +255,12 @@ def _by_flex(query: Tensor, key: Tensor, value: Tensor, ends: Ends, rule: Rule) 
     if window not in ends.masks:
         ends.masks[window] = _blocks(ends, window, query.device)
     states = [one.transpose(0, 1).unsqueeze(0) for one in (query, key, value)]
-    attended = _flex(query.device.type)(
+    found = _flex(query.device.type)(
         *states, score_mod=None if rule.softcap is None else _cap(rule.softcap, query.device),
         block_mask=ends.masks[window], scale=rule.scaling, enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    out, total = attended[0], attended[1].lse
+    out, total = found[0], found[1].lse
     if rule.sinks is not None:
         out = out * torch.sigmoid(total - rule.sinks.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
     return out.squeeze(0).transpose(0, 1)
