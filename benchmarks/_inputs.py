@@ -59,11 +59,14 @@ Row = Mapping[str, str]
 
 def write(options: argparse.Namespace, work: Path) -> None:
     """The model and its tokenizer as a Hugging Face directory, the rows for either side, and our recipe."""
-    tokenizer = cut_tokenizer(options)
+    from transformers import AutoTokenizer
+
+    cut = cut_tokenizer(options)
+    write_model(options, cut, work / "model")
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")  # cuts words by the model's type, like all who load it
     rows = list(itertools.islice(long_rows(options, tokenizer), options.steps * options.examples))
     pictures = processor(options) if options.size in SEE else None
     encoded = [encode(tokenizer, row, pictures, options.rows) for row in rows]
-    write_model(options, tokenizer, work / "model")
     if pictures is not None:
         pictures.save_pretrained(work / "model")
     write_lines(work / "rows.jsonl", rows)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from schoolhouse import estimate
 from schoolhouse.config import Recipe
-from schoolhouse.data import account, choose, prepare, served, show, vision
+from schoolhouse.data import account, choose, prepare, served, show, tokens, vision
 from schoolhouse.data import plan as plans
 from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
@@ -99,6 +99,7 @@ def _in_force(recipe: Recipe, model: Served) -> dict[str, str]:
         held_out = f"{data.validation:g} of the rows, drawn by seed {recipe.seed}"
     return {
         "student": recipe.model.path,
+        "tokenizer": tokens.describe(model.tokenizer),
         "chat template": (recipe.model.chat_template or "the tokenizer's own") + tool_use
         + (f", with {arguments}" if recipe.model.template_arguments else ""),
         "stop tokens": ", ".join(model.stops.texts),

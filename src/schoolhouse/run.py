@@ -22,7 +22,7 @@ from schoolhouse import checkpoint, evaluate, fitting, graders, inert, optim, ov
 from schoolhouse import recipe as recipes
 from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Recipe
-from schoolhouse.data import account, served
+from schoolhouse.data import account, served, tokens
 from schoolhouse.data import plan as plans
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
@@ -309,6 +309,7 @@ def _info(
         f"{difference:.0e}",
         "data": f"{run.store.ledger.rows:,} rows, {len(run.store):,} examples, "
         f"{run.store.ledger.supervised_tokens:,} of {run.store.ledger.tokens:,} tokens supervised",
+        "tokenizer": tokens.describe(run.served.tokenizer),
         "stop tokens": f"{', '.join(run.served.stops.texts)}: a target in "
         f"{run.store.ledger.stopped_turns:,} of {run.store.ledger.turns:,} turns",
         "steps": f"{run.steps:,} of {recipe.batch.examples} examples, {plan.steps_per_epoch:,} an epoch; "

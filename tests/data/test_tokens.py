@@ -347,6 +347,25 @@ def test_an_end_token_that_the_tokenizer_does_not_have(tmp_path: Path) -> None:
     assert "generation_config.json" in caught.value.where
 
 
+def test_rules_that_are_not_the_files_are_told(tmp_path: Path) -> None:
+    """transformers 5 reads a Qwen2 model's tokenizer by Qwen2's rules, whatever tokenizer.json says."""
+    plain = splitting(r".|\n")
+    plain.save_pretrained(tmp_path)
+    alone = tokens.load_tokenizer(tmp_path)
+    assert tokens.describe(alone) == f"{type(alone).__name__}, as tokenizer.json"
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    as_qwen2 = tokens.load_tokenizer(tmp_path)
+    assert directly(as_qwen2, "a tab") != directly(plain, "a tab")
+    assert tokens.describe(as_qwen2).startswith("Qwen2Tokenizer, NOT as tokenizer.json, which makes other tokens of ")
+
+
+def test_special_tokens_that_are_not_the_files_are_told(shared) -> None:
+    """These files are of two models: <|image_pad|> is 151,655 in tokenizer.json, and 151,647 when transformers reads it
+    with the other's tokenizer_config.json."""
+    assert "NOT as tokenizer.json" in tokens.describe(loaded("qwen3-vl"))
+    assert tokens.describe(loaded("qwen3")) == "Qwen2Tokenizer, as tokenizer.json"
+
+
 def test_a_tokenizer_that_does_not_load(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

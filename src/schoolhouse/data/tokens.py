@@ -18,6 +18,7 @@ from schoolhouse.errors import ConfigError, DataError
 from schoolhouse.types import Turn
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 FILES = (
@@ -26,6 +27,14 @@ FILES = (
     "preprocessor_config.json",
 )
 """Everything in a model directory that decides what a row becomes."""
+
+
+PROBES = (
+    "18 + 1234 = <<18+1234=1252>>1252", "They don't; WE'LL see, it's 3.5%!", "  two blanks,\t\ta tab\n\n and lines\r\n",
+    "你好，世界。今天25日", "naïve café re\u0301sume\u0301 हिन्दी ไทย", "def f(x):\n    return x**2  # _y_",
+    "🙂👍🏽 ①½ ﬁ",
+)
+"""What tokenizers' rules are known to cut in different ways: digits, contractions, blanks, marks, code, symbols."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,32 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             required="tokenizer files that transformers loads without remote code",
             where=str(directory), remedy="check that tokenizer.json and tokenizer_config.json are whole",
         ) from None
+
+
+def describe(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer in force, and whether it makes of text what tokenizer.json says.
+
+    transformers 5 chooses the class by the model's type, and most classes put their own rules and special tokens in the
+    place of the file's: a Qwen2 model with another tokenizer than Qwen2's is then read as it never was before, in
+    training and by every server that loads it so.
+    """
+    name, path = type(tokenizer).__name__, Path(tokenizer.name_or_path) / "tokenizer.json"
+    if not tokenizer.is_fast or not path.is_file():
+        return name
+    other = _otherwise(tokenizer.backend_tokenizer, path)
+    if other is None:
+        return f"{name}, as tokenizer.json"
+    return f"{name}, NOT as tokenizer.json, which makes other tokens of {other!r}"
+
+
+def _otherwise(loaded: Tokenizer, path: Path) -> str | None:
+    """The first text of which a tokenizer makes other tokens than its file; None where there is none."""
+    from tokenizers import Tokenizer
+
+    file = Tokenizer.from_file(str(path))
+    texts = [*(token.content for token in file.get_added_tokens_decoder().values()), *PROBES]
+    both = (one.encode_batch(texts, add_special_tokens=False) for one in (loaded, file))
+    return next((text for text, one, other in zip(texts, *both, strict=True) if one.ids != other.ids), None)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
