@@ -185,9 +185,17 @@ def balances(rows: Path | None, tokenizer: Path | None) -> Iterator[dict]:
             spent = np.asarray([costs[pack].sum() for pack in plan.partition(chosen, tokens, ranks)])
             mean = costs.sum() / ranks
             over.append(spent.reshape(-1, ranks).max(1).sum() / mean)
-            bound.append(max(1.0, costs.max() / mean))
+            bound.append(1 + max(0.0, costs.max() - densest(chosen, costs, ranks * tokens) / ranks) / mean)
         yield {"rows": name, "tokens": tokens, "ranks": ranks, "examples": examples,
                "slowest_over_mean": float(np.mean(over)), "bound": float(np.mean(bound))}
+
+
+def densest(lengths: np.ndarray, costs: np.ndarray, room: int) -> float:
+    """The most work that so many tokens can be. The round of the dearest example lasts as long as it, with no more work
+    on all ranks than this; the rest of a step lasts at least as long as its share of the rest."""
+    order = np.argsort(-costs / lengths)
+    taken = np.clip(room - (np.cumsum(lengths[order]) - lengths[order]), 0, lengths[order])
+    return float((taken * (costs / lengths)[order]).sum())
 
 
 def lengths_of(rows: Path, tokenizer: Path) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     a matrix [out, in], for each token:  2 out in in forward, 2 out in for the gradient of its input (not in a vision
                                          tower that is frozen), 2 out in for its own gradient where it is trained
-    the head:                            the same, for each supervised token only
+    the head, the last feed-forward:     the same, for each supervised token only (`last_block`)
     attention of a layer:                2 H (K + K') for each pair of a query and a key it sees; twice that backward
 
 (Kaplan et al., 2020, arXiv:2001.08361, with attention by the true lengths of examples.) Adapters are matrices of their
@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from schoolhouse.model import sight, varlen
+from schoolhouse.model import last_block, sight, varlen
+from schoolhouse.model.last_block import EXPERTS
 
-EXPERTS = "experts"
-"""The module below which each token uses a few matrices of many; shared experts have another name."""
 SIDE = {"cpu": 1536}
 """Rows and columns of the matrices by which a processor's rate is measured; 8,192 on an accelerator."""
 
@@ -56,17 +55,18 @@ def work(model: PreTrainedModel) -> Work:
     """What a step of a model costs, by its modules and its configuration."""
     settings = model.config.get_text_config().to_dict()
     head = model.get_output_embeddings()
-    vision = sight.PARTS["vision"]
-    parts: dict[bool, list[tuple[str, nn.Module]]] = {True: [], False: []}
+    last = last_block.feed_forward(model)
+    only_targets = {head} if last is None else {head, *last.modules()}
+    parts: dict[str, list[tuple[str, nn.Module]]] = {"token": [], "target": [], "patch": []}
     for name, module in model.named_modules():
-        if module is not head:
-            parts[name.startswith(vision)].append((name, module))
+        sees = name.startswith(sight.PARTS["vision"])
+        parts["target" if module in only_targets else "patch" if sees else "token"].append((name, module))
+    tower = [one for _, module in parts["patch"] for one in module.parameters(recurse=False)]
     heads = varlen.heads_of(settings)
     return Work(
-        token=_passes(parts[False], settings, reached=True),
-        target=_passes([("head", head)], settings, reached=True),
-        patch=_passes(parts[True], settings, reached=any(one.requires_grad for _, module in parts[True]
-                                                         for one in module.parameters(recurse=False))),
+        token=_passes(parts["token"], settings, reached=True),
+        target=_passes(parts["target"], settings, reached=True),
+        patch=_passes(parts["patch"], settings, reached=any(one.requires_grad for one in tower)),
         pair=3 * 2 * heads.queries * (heads.size + heads.values),
         windows=tuple(_windows(settings, settings["num_hidden_layers"])),
     )

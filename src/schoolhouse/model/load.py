@@ -17,13 +17,28 @@ from schoolhouse.config import Lora, Model
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
-from schoolhouse.model import attention, blocks, families, float8, fourbit, kernels, lora, sight, teaching, varlen
+from schoolhouse.model import (
+    attention,
+    blocks,
+    families,
+    float8,
+    fourbit,
+    kernels,
+    last_block,
+    lora,
+    sight,
+    teaching,
+    varlen,
+)
 from schoolhouse.model.offload import to_host
 from schoolhouse.model.teaching import Drawn, Span, Teaching
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
 from schoolhouse.shares import share_out
 from schoolhouse.types import LossSum, MicroBatch, Vision
+
+EACH = 2
+"""Tokens of the proof's sequences to one that is supervised."""
 
 
 class Student(nn.Module):
@@ -34,6 +49,7 @@ class Student(nn.Module):
 
     def __init__(self, model: PreTrainedModel, mesh: Mesh = ALONE) -> None:
         super().__init__()
+        last_block.only_targets(model)
         self.model = model
         self.mesh = mesh
         self.exchange = ulysses.exchange(mesh)
@@ -103,6 +119,7 @@ class Student(nn.Module):
                 attention_mask=None,
                 position_ids=part.positions,
                 use_cache=False,
+                targets=part.targets if len(part.targets) else None,
                 layout=attention.layout(
                     part.boundaries, part.input_ids.device, self.exchange,
                     None if part.vision is None else sight.together(self.model, part.input_ids), kernels=self.kernels,
@@ -193,6 +210,7 @@ def load(
     if settings.float8:
         float8.narrow(model, computes_on or place)
     (model if place.type == "cpu" else model.to(place)).train()  # it was read on the CPU
+    student = Student(model)
     if settings.compile:
         blocks.compile_blocks(model, computes_on or place)
     if settings.activation_checkpointing:
@@ -201,7 +219,7 @@ def load(
             keep_attention=settings.activation_checkpointing == "selective",
             offload=to_host(computes_on or place) if settings.activation_offload else None,
         )
-    return Student(model)
+    return student
 
 
 def _refuse_missing(directory: Path, names: Collection[str]) -> None:
@@ -312,9 +330,12 @@ def _with_image(
 def _pack(
     sequences: list[torch.Tensor], place: torch.device, seeing: Sight | None, vision: Vision | None
 ) -> MicroBatch:
-    """Token sequences as one fully supervised micro-batch; the image, where there is one, is the last sequence's."""
+    """Token sequences as one micro-batch; the image, where there is one, is the last sequence's.
+
+    Every `EACH`th token is supervised: the others' parts of the model that only targets need may be left out.
+    """
     lengths = [len(sequence) - 1 for sequence in sequences]
-    weights = torch.ones(1, sum(lengths), device=place)
+    supervised = torch.cat([torch.arange(length) % EACH == 0 for length in lengths])
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     if seeing is not None and seeing.family.placed_by_grid:
         grids = [[], [tuple(vision.grid[0].tolist())]]
@@ -323,19 +344,19 @@ def _pack(
     return MicroBatch(
         input_ids=torch.cat([sequence[:-1] for sequence in sequences]).unsqueeze(0).to(place),
         labels=torch.cat([sequence[1:] for sequence in sequences]).unsqueeze(0).to(place),
-        weights=weights,
+        weights=supervised.float().unsqueeze(0).to(place),
         positions=positions.to(place),
         boundaries=(0, lengths[0], sum(lengths)),
-        targets=torch.arange(sum(lengths), device=place),
-        pack=(), supervised=float(sum(lengths)), vision=vision,
+        targets=supervised.nonzero().flatten().to(place),
+        pack=(), supervised=float(supervised.sum()), vision=vision,
     )
 
 
 def _own_loss(
     model: PreTrainedModel, sequence: torch.Tensor, seeing: Sight | None, vision: Vision | None
 ) -> torch.Tensor:
-    """The summed loss by the model's own logits."""
+    """The summed loss of the supervised tokens by the model's own logits."""
     ids = sequence[:-1].unsqueeze(0)
     seen = {} if vision is None else sight.own_inputs(model, vision, ids == seeing.token)
     logits = model(input_ids=ids, use_cache=False, **seen).logits[0]
-    return torch.nn.functional.cross_entropy(logits.float(), sequence[1:], reduction="sum")
+    return torch.nn.functional.cross_entropy(logits[::EACH].float(), sequence[1::EACH], reduction="sum")
