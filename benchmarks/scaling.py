@@ -6,7 +6,7 @@ ranks share it.
     python benchmarks/scaling.py balance --rows ROWS.jsonl --tokenizer DIRECTORY
 
 `balance` computes nothing but plans: what a round of packs lasts against the mean of its ranks, in the plan's own cost
-of an example. `bound` is what no plan can beat: the dearest example of a step over the mean work of a rank.
+of an example. `bound` is what no plan can beat, for the sake of the dearest example of a step.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ POINTS = {
     "width": [(2048, 4096, width) for width in (128, 256, 512, 1024)],
 }
 """Tokens of the one example of a micro-batch, entries of the vocabulary, hidden size."""
+QUESTIONS = (*POINTS, "rows", "balance")
 ROWS = (1_000, 10_000, 100_000, 1_000_000)
 """Rows of the file that a student is taught from."""
 RUN_STEPS, WARM_UP = 60, 10
@@ -45,18 +46,19 @@ STEPS = 40
 def main() -> None:
     """Measure what is asked for, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*POINTS, "rows", "balance"],
-                        default=[*POINTS, "rows", "balance"])
+    parser.add_argument("what", nargs="*", metavar="QUESTION", help=f"{', '.join(QUESTIONS)}; unset: all")
     parser.add_argument("--rows", type=Path, help="JSONL whose rows, as text, give real lengths for `balance`")
     parser.add_argument("--tokenizer", type=Path, help="directory with tokenizer.json")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--point", nargs=3, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if unknown := set(options.what) - set(QUESTIONS):
+        parser.error(f"{min(unknown)} is none of {', '.join(QUESTIONS)}")
     if options.point:
         print(json.dumps(measured(*options.point)))
         return
     found: dict[str, list[dict]] = {}
-    for what in options.what:
+    for what in options.what or QUESTIONS:
         found[what] = []
         for row in measurements(what, options):
             found[what].append(row)

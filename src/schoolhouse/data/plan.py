@@ -109,11 +109,11 @@ def partition(
         if ranks > 1:
             ways += [_by_rounds(rows, tokens, ranks, rounds), _by_rounds(rows, tokens, ranks, rounds + 1)]
         found = [packs for packs in ways if packs is not None]
+        if not found:
+            tight = _tightly(rows, tokens, rounds * ranks)
+            found = [] if tight is None else [tight]
         if found:
-            return min(found, key=lambda packs: rows.duration(packs, ranks))
-        tight = _tightly(rows, tokens, rounds * ranks)
-        if tight is not None:
-            return tight
+            return min((rows.in_rounds(packs, ranks) for packs in found), key=lambda packs: rows.duration(packs, ranks))
     raise AssertionError("one example a pack fits")
 
 
@@ -123,6 +123,13 @@ class _Rows:
 
     lengths: np.ndarray
     costs: np.ndarray
+
+    def in_rounds(self, packs: list[list[int]], ranks: int) -> list[list[int]]:
+        """The packs in rounds of about one cost, dearest first; and each rank's total about the same, as every second
+        round runs the other way."""
+        order = sorted(packs, key=lambda pack: -self.costs[pack].sum())
+        rounds = [order[start : start + ranks] for start in range(0, len(order), ranks)]
+        return [pack for number, packs in enumerate(rounds) for pack in packs[:: -1 if number % 2 else 1]]
 
     def duration(self, packs: list[list[int]], ranks: int) -> float:
         """What rounds of `ranks` packs last in all."""
