@@ -126,8 +126,10 @@ def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
 
 
 def _growth(plan: Plan, larger: Plan, images: np.ndarray) -> float:
-    """How many times the tokens, or patches, of the heaviest packs of one plan those of a larger one have."""
-    kinds = [plan.lengths] if plan.patches is None or not plan.patches.any() else [plan.lengths, plan.patches]
+    """How many times the tokens, all or supervised, or patches of one plan's heaviest packs a larger one's have."""
+    kinds = [plan.lengths, plan.supervised_tokens]
+    if plan.patches is not None and plan.patches.any():
+        kinds.append(plan.patches)
     most = [[max(int(kind[list(pack)].sum()) for pack in heaviest_packs(one, images)) for kind in kinds]
             for one in (plan, larger)]
     return max(after / before for before, after in zip(*most, strict=True))
@@ -167,12 +169,12 @@ def _sizes(smallest: int, enough: int) -> Iterator[int]:
 
 
 def heaviest_packs(plan: Plan, images: np.ndarray) -> list[tuple[int, ...]]:
-    """The heaviest pack of tokens that a step can hold, and of patches, of each class of images.
+    """The heaviest pack of tokens that a step can hold, of supervised ones, and of patches, of each class of images.
 
     `images` i64[examples] are the patches of each one's largest image; sizes less than a doubling apart are a class. A
     pack of one large image and one of many small ones take their memory in other pieces, and in other layers.
     """
-    found = [heaviest(plan, plan.lengths)]
+    found = [heaviest(plan, plan.lengths), heaviest(plan, plan.supervised_tokens)]
     if plan.patches is not None and plan.patches.any():
         classes = np.frexp(images)[1]
         found.append(heaviest(plan, plan.patches))
