@@ -359,6 +359,26 @@ def test_rules_that_are_not_the_files_are_told(tmp_path: Path) -> None:
     assert tokens.describe(as_qwen2).startswith("Qwen2Tokenizer, NOT as tokenizer.json, which makes other tokens of ")
 
 
+def test_tokens_that_are_not_in_the_file_are_told(tmp_path: Path) -> None:
+    """tokenizer_config.json may add tokens, of which the file makes several."""
+    splitting(r".|\n").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "extra_special_tokens": ["<|im_start|>"]}))
+    told = tokens.describe(tokens.load_tokenizer(tmp_path))
+    assert told.endswith("NOT as tokenizer.json, which makes other tokens of '<|im_start|>'")
+
+
+def test_a_file_that_cuts_and_fills_up_texts_makes_no_other_tokens(tmp_path: Path) -> None:
+    """Neither is done in training."""
+    plain = splitting(r".|\n")
+    plain.add_special_tokens({"pad_token": "<pad>"})
+    plain.backend_tokenizer.enable_truncation(4)
+    plain.backend_tokenizer.enable_padding(length=60, pad_id=plain.pad_token_id, pad_token="<pad>")
+    plain.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert tokens.describe(tokens.load_tokenizer(tmp_path)).endswith(", as tokenizer.json")
+
+
 def test_special_tokens_that_are_not_the_files_are_told(shared) -> None:
     """These files are of two models: <|image_pad|> is 151,655 in tokenizer.json, and 151,647 when transformers reads it
     with the other's tokenizer_config.json."""

@@ -129,7 +129,7 @@ class _Rows:
         round runs the other way."""
         order = sorted(packs, key=lambda pack: -self.costs[pack].sum())
         rounds = [order[start : start + ranks] for start in range(0, len(order), ranks)]
-        return [pack for number, packs in enumerate(rounds) for pack in packs[:: -1 if number % 2 else 1]]
+        return [pack for number, one in enumerate(rounds) for pack in one[:: -1 if number % 2 else 1]]
 
     def duration(self, packs: list[list[int]], ranks: int) -> float:
         """What rounds of `ranks` packs last in all."""

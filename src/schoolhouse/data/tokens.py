@@ -67,7 +67,7 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> str:
 
     transformers 5 chooses the class by the model's type, and most classes put their own rules and special tokens in the
     place of the file's: a Qwen2 model with another tokenizer than Qwen2's is then read as it never was before, in
-    training and by every server that loads it so.
+    training and by servers that load it so. Servers that read the file itself see other tokens.
     """
     name, path = type(tokenizer).__name__, Path(tokenizer.name_or_path) / "tokenizer.json"
     if not tokenizer.is_fast or not path.is_file():
@@ -82,10 +82,19 @@ def _otherwise(loaded: Tokenizer, path: Path) -> str | None:
     """The first text of which a tokenizer makes other tokens than its file; None where there is none."""
     from tokenizers import Tokenizer
 
-    file = Tokenizer.from_file(str(path))
-    texts = [*(token.content for token in file.get_added_tokens_decoder().values()), *PROBES]
-    both = (one.encode_batch(texts, add_special_tokens=False) for one in (loaded, file))
-    return next((text for text, one, other in zip(texts, *both, strict=True) if one.ids != other.ids), None)
+    both = loaded, Tokenizer.from_file(str(path))
+    added = dict.fromkeys(one.content for each in both for one in each.get_added_tokens_decoder().values())
+    texts = [*added, *PROBES]
+    for each in both:
+        _whole(each)
+    ids = ([one.ids for one in each.encode_batch(texts, add_special_tokens=False)] for each in both)
+    return next((text for text, one, other in zip(texts, *ids, strict=True) if one != other), None)
+
+
+def _whole(backend: Tokenizer) -> None:
+    """Have it neither cut nor fill up texts: a tokenizer.json may ask for both."""
+    backend.no_truncation()
+    backend.no_padding()
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -138,8 +147,7 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> _Reader:
     if not tokenizer.is_fast:
         return _Reader(tokenizer, barrier, None)
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # a tokenizer.json may ask for both
-    backend.no_padding()
+    _whole(backend)
     return _Reader(tokenizer, barrier, words.words(backend, barrier))
 
 

@@ -24,8 +24,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from schoolhouse.model import last_block, sight, varlen
-from schoolhouse.model.last_block import EXPERTS
 
+EXPERTS = "experts"
+"""The module below which each token uses a few matrices of many; shared experts have another name."""
 SIDE = {"cpu": 1536}
 """Rows and columns of the matrices by which a processor's rate is measured; 8,192 on an accelerator."""
 

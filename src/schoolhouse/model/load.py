@@ -332,7 +332,7 @@ def _pack(
 ) -> MicroBatch:
     """Token sequences as one micro-batch; the image, where there is one, is the last sequence's.
 
-    Every `EACH`th token is supervised: the others' parts of the model that only targets need may be left out.
+    Every `EACH`th token is supervised, so that the proof sees it where something is computed for targets alone.
     """
     lengths = [len(sequence) - 1 for sequence in sequences]
     supervised = torch.cat([torch.arange(length) % EACH == 0 for length in lengths])
