@@ -118,7 +118,7 @@ def test_validation_loss_on_gsm8k_falls(gsm8k: Path, shared: Path, tmp_path: Pat
 
 
 def test_stories260k_matches_its_golden_values(shared: Path) -> None:
-    """The pretrained Llama through our packed path gives the golden loss of its float64 reference, at the tokens that are supervised."""
+    """The pretrained Llama through our packed path gives its float64 reference's golden loss of supervised tokens."""
     from schoolhouse.config import Model
     from schoolhouse.model import load
 
