@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from schoolhouse.config import Model
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import attended, products
+from schoolhouse.model import attended, lora, products
 from schoolhouse.model.offload import Offload
 from schoolhouse.parallel import fsdp
 
@@ -36,6 +36,12 @@ def compile_blocks(model: nn.Module, place: torch.device, backend: str = "induct
         raise ConfigError(
             f"{type(model).__name__} has no blocks to compile", required="a model of layers in a list",
             where="model.compile", remedy="set model.compile=false",
+        )
+    if any(one.stack for one in lora.adapted(model)):
+        raise ConfigError(
+            "adapters of experts are not compiled: PEFT makes new modules of them in every forward",
+            required="adapters of other layers", where="model.compile",
+            remedy="set model.compile=false, or lora.experts=false",
         )
     _try(place, backend)
     for block in blocks:

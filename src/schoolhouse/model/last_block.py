@@ -50,16 +50,17 @@ class _Block:
             self._part.targets = None
 
 
-def only_targets(model: PreTrainedModel) -> None:
+def only_targets(model: PreTrainedModel) -> bool:
     """Let the forward of `model` be told `targets`, i64[M]: the places of its one sequence that the loss will look at.
 
-    Where it is not told, and in a model that is not known, all is computed as before.
+    Whether it may be: one that is not known may not. Where it is not told, all is computed as before.
     """
     part = feed_forward(model)
     if part is not None and not isinstance(part.forward, _FeedForward):
         block = model.get_decoder().layers[-1]
         part.forward = _FeedForward(part.forward)
         block.forward = _Block(block.forward, part.forward)
+    return part is not None
 
 
 def feed_forward(model: PreTrainedModel) -> nn.Module | None:

@@ -49,8 +49,8 @@ class Student(nn.Module):
 
     def __init__(self, model: PreTrainedModel, mesh: Mesh = ALONE) -> None:
         super().__init__()
-        last_block.only_targets(model)
         self.model = model
+        self._only_targets = last_block.only_targets(model)
         self.mesh = mesh
         self.exchange = ulysses.exchange(mesh)
         self.teaching = Teaching()
@@ -119,7 +119,7 @@ class Student(nn.Module):
                 attention_mask=None,
                 position_ids=part.positions,
                 use_cache=False,
-                targets=part.targets if len(part.targets) else None,
+                **({"targets": part.targets} if self._only_targets and len(part.targets) else {}),
                 layout=attention.layout(
                     part.boundaries, part.input_ids.device, self.exchange,
                     None if part.vision is None else sight.together(self.model, part.input_ids), kernels=self.kernels,
