@@ -130,8 +130,8 @@ def _growth(plan: Plan, larger: Plan, images: np.ndarray) -> float:
     kinds = [plan.lengths, plan.supervised_tokens]
     if plan.patches is not None and plan.patches.any():
         kinds.append(plan.patches)
-    most = [[max(int(kind[list(pack)].sum()) for pack in heaviest_packs(one, images)) for kind in kinds]
-            for one in (plan, larger)]
+    both = [heaviest_packs(one, images) for one in (plan, larger)]
+    most = [[max(int(kind[list(pack)].sum()) for pack in packs) for kind in kinds] for packs in both]
     return max(after / before for before, after in zip(*most, strict=True))
 
 
@@ -185,9 +185,9 @@ def heaviest_packs(plan: Plan, images: np.ndarray) -> list[tuple[int, ...]]:
 def heaviest(plan: Plan, weights: np.ndarray) -> tuple[int, ...]:
     """The heaviest example, then each next heaviest that finds room in `batch.tokens`; of equals, the longest."""
     pack: list[int] = []
-    tokens = plan.tokens
+    tokens, shortest = plan.tokens, plan.lengths.min()
     for index in np.lexsort((-plan.lengths, -weights)):
-        if len(pack) == plan.examples:
+        if len(pack) == plan.examples or tokens < shortest:
             break
         if plan.lengths[index] <= tokens:
             pack.append(int(index))

@@ -27,8 +27,6 @@ FILES = (
     "preprocessor_config.json",
 )
 """Everything in a model directory that decides what a row becomes."""
-
-
 PROBES = (
     "18 + 1234 = <<18+1234=1252>>1252", "They don't; WE'LL see, it's 3.5%!", "  two blanks,\t\ta tab\n\n and lines\r\n",
     "你好，世界。今天25日", "naïve café re\u0301sume\u0301 हिन्दी ไทย", "def f(x):\n    return x**2  # _y_",
