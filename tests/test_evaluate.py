@@ -23,7 +23,7 @@ from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.data.tokens import Stops
 from schoolhouse.errors import DataError, TemplateError
-from schoolhouse.model import attention
+from schoolhouse.model import attention, layouts
 from schoolhouse.model.load import Student
 from schoolhouse.types import Conversation, Message, Origin, Part
 
@@ -136,7 +136,7 @@ def plain_answer(one: Student, prompt: Sequence[int], tokens: int) -> list[int]:
             row = torch.tensor([ids])
             hidden = one.model.base_model(
                 input_ids=row, attention_mask=None, position_ids=torch.arange(len(ids))[None], use_cache=False,
-                layout=attention.layout((0, len(ids)), row.device),
+                layout=layouts.layout((0, len(ids)), row.device),
             ).last_hidden_state[0, -1]
         scores = (hidden @ one.head.weight.T).tolist()
         ids.append(int(np.argmax(scores)))

@@ -56,8 +56,8 @@ checkpoint: {every: 2}
 
 STEP_FIELDS = {
     "kind", "step", "epoch", "loss", "accuracy", "grad_norm", "learning_rate", "examples", "drawn", "tokens",
-    "supervised_tokens", "seconds", "data_seconds", "tokens_per_second", "tflops", "mfu", "peak_memory_gib",
-    "save_stall_seconds",
+    "computed_tokens", "supervised_tokens", "seconds", "data_seconds", "tokens_per_second", "tflops", "mfu",
+    "peak_memory_gib", "save_stall_seconds",
 }
 PATIENCE = 240
 """Seconds after which a process that should have done something counts as hanging; generous, for busy machines."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import torch
 from schoolhouse import cli, selfcheck
 from schoolhouse.config import Recipe
 from schoolhouse.errors import ModelError
-from schoolhouse.model import attention
+from schoolhouse.model import layouts
+from schoolhouse.types import Shared
 
 RECIPE = {
     "model": "starter/qwen3", "data": {"train": "starter/recall", "workers": 1}, "batch": {"tokens": 400},
@@ -51,9 +53,12 @@ def test_bfloat16_is_held_to_what_plain_transformers_itself_reaches(lines: list[
 
 def test_a_leak_between_examples_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One boundary lost, and each example of a pack sees those before it: exit code 2, the table printed, no run."""
-    whole: Callable[..., attention.Layout] = attention.layout
-    lost = lambda boundaries, *rest, **named: whole((0, boundaries[-1]), *rest, **named)  # noqa: E731
-    monkeypatch.setattr(attention, "layout", lost)
+    whole: Callable[..., layouts.Layout] = layouts.layout
+
+    def lost(boundaries: tuple[int, ...], *rest: Any, shared: Shared | None = None, **named: Any) -> layouts.Layout:
+        return whole((0, boundaries[-1] - sum(shared.begins if shared else ())), *rest, **named)
+
+    monkeypatch.setattr(layouts, "layout", lost)
     path = tmp_path / "recipe.yaml"
     path.write_text("model: starter/qwen3\ndata: {train: starter/recall, workers: 1}\n")
     with pytest.raises(SystemExit) as caught:

@@ -68,7 +68,7 @@ def _again(run: Run, bad: dict[str, Any]) -> Iterator[str]:
     for step in loader.steps(
         run.store, run.plan, run.done + 1, bad["step"], run.student.device, sight=run.served.sight
     ):
-        loss, _ = compute_gradient(run.student, step, run.recipe.seed)
+        loss, *_ = compute_gradient(run.student, step, run.recipe.seed)
         norm = float(run.optimizer.clip())
         last = step
         if step.index < bad["step"] and math.isfinite(loss) and math.isfinite(norm):
@@ -92,7 +92,7 @@ def _blame(run: Run, step: Step) -> Iterator[str]:
             step.planned, packs=(micro.pack,), supervised=micro.supervised, supervised_tokens=len(micro.targets)
         )
         alone = dataclasses.replace(step, planned=planned, micro_batches=(micro,))
-        loss, _ = compute_gradient(run.student, alone, run.recipe.seed)
+        loss, *_ = compute_gradient(run.student, alone, run.recipe.seed)
         norm = float(run.optimizer.clip())
         run.optimizer.forget()
         told = "finite" if math.isfinite(loss) and math.isfinite(norm) else "NOT FINITE"

@@ -29,7 +29,6 @@ from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import CheckpointError, ConfigError
 from schoolhouse.model import blocks, flops, fourbit, load, lora, products, spread
-from schoolhouse.model.flops import Work
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel.mesh import Mesh
@@ -62,7 +61,6 @@ class Run:
     plan: Plan
     steps: int
     saver: Saver
-    work: Work
     rate: float
     """Floating-point operations a second that all processes do in large matrix products, as measured at the start."""
     done: int = 0
@@ -77,10 +75,10 @@ class Run:
     began: float = field(default_factory=time.monotonic)
 
     def work_of(self, planned: PlannedStep) -> float:
-        """Floating-point operations that a step needs, over all processes."""
+        """Floating-point operations that a step needs over all processes, if every token is computed."""
         chosen = np.concatenate([np.asarray(pack, dtype=np.int64) for pack in planned.packs])
         patches = int(self.store.patches[chosen].sum())
-        return self.work.of_step(self.store.lengths[chosen], planned.supervised_tokens, patches)
+        return self.student.work.of_step(self.store.lengths[chosen], planned.supervised_tokens, patches)
 
     def note_step(self, record: dict[str, Any]) -> None:
         """A step is done."""
@@ -195,7 +193,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     saver = Saver(saving.Storage(record.directory / "checkpoints", mesh.rank, mesh.world), recipe.checkpoint.keep)
     run = Run(
         recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
-        plan, steps, saver, flops.work(student.model), flops.rate(student.device, recipe.model.precision) * mesh.world,
+        plan, steps, saver, flops.rate(student.device, recipe.model.precision) * mesh.world,
     )
     run.info = _info(run, path, today, proof.difference, inert.code(directory))
     run.info["seconds"] = previous.get("seconds", 0.0)
@@ -307,6 +305,8 @@ def _info(
         "optimizer": run.optimizer.describe(),
         "attention": f"packed and isolated, {run.student.kernels.said}; equal to {type(model).__name__}'s own to "
         f"{difference:.0e}",
+        "shared prefixes": f"computed apart: {run.student.apart}" if run.student.apart else
+        "what several examples of a micro-batch begin with is computed once",
         "data": f"{run.store.ledger.rows:,} rows, {len(run.store):,} examples, "
         f"{run.store.ledger.supervised_tokens:,} of {run.store.ledger.tokens:,} tokens supervised",
         "tokenizer": tokens.describe(run.served.tokenizer),

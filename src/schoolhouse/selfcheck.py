@@ -177,7 +177,7 @@ def as_a_run_does(
     )
     mine = packs[mesh.data_rank :: mesh.data_ranks]
     step = Step(planned, [_micro_batch(store, pack, student.device, seeing, mesh) for pack in mine])
-    loss, _ = train.compute_gradient(student, step, recipe.seed)
+    loss, *_ = train.compute_gradient(student, step, recipe.seed)
     gradients = {name: one.grad for name, one in optimizer.masters.items() if one.grad is not None}
     whole = ((name, one.full_tensor() if isinstance(one, DTensor) else one) for name, one in gradients.items())
     return loss, {name: one.cpu() for name, one in whole if mesh.is_first}

@@ -58,14 +58,14 @@ def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
         ):
             loaded = time.perf_counter()
             with _NamingRows(run, step):
-                nll, correct = compute_gradient(run.student, step, run.recipe.seed)
+                nll, correct, spared = compute_gradient(run.student, step, run.recipe.seed)
             norm = float(run.optimizer.clip())
             run.look_at_save()
             if math.isfinite(nll) and math.isfinite(norm):
                 rate = optim.learning_rate(run.recipe.optim, step.index, run.steps)
                 run.optimizer.step(rate)
                 done = time.perf_counter()
-                record = _record(run, step, nll, correct, norm, rate, done - ticks, loaded - ticks)
+                record = _record(run, step, nll, correct, spared, norm, rate, done - ticks, loaded - ticks)
                 run.note_step(record)
                 progress.show(record)
             else:
@@ -81,24 +81,31 @@ def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
         run.finish_save()
 
 
-def compute_gradient(student: Student, step: Step, seed: int) -> tuple[float, int]:
-    """Accumulate the gradient of a whole step; its loss (nats per unit of weight) and correct targets, over all ranks.
+Spared = tuple[int, float]
+"""Tokens that were computed in another example, and the floating-point operations that this left out."""
+
+
+def compute_gradient(student: Student, step: Step, seed: int) -> tuple[float, int, Spared]:
+    """Accumulate the gradient of a whole step; its loss (nats per unit of weight), correct targets, and what was
+    spared, over all ranks.
 
     What the plan promised must be what met the vocabulary: a token lost or counted twice on the way stops the run.
     """
     mesh = student.mesh
-    sums = torch.zeros(4, dtype=torch.float64, device=student.device)
+    sums = torch.zeros(6, dtype=torch.float64, device=student.device)
     for micro in step.micro_batches:
         torch.manual_seed(_key(seed, step.index, micro.pack, mesh.ulysses_rank))
         fsdp.expect(student, last=micro is step.micro_batches[-1])
         loss = student.loss(micro, Drawn(seed, step.index), step.supervised)
         loss.backward()
-        sums += torch.stack([loss.nll.detach(), loss.correct, loss.supervised, torch.full_like(sums[0], loss.tokens)])
-    nll, correct, weight, delivered = mesh.sum(sums).tolist()
+        spared = np.asarray(loss.spared, dtype=np.int64)
+        counts = torch.tensor([loss.tokens, spared.sum(), student.work.of_step(spared, 0)], dtype=sums.dtype)
+        sums += torch.cat([torch.stack([loss.nll.detach(), loss.correct, loss.supervised]), counts.to(sums.device)])
+    nll, correct, weight, delivered, tokens, operations = mesh.sum(sums).tolist()
     promised = step.planned.supervised_tokens
     assert delivered == promised, f"step {step.index}: {promised} targets were promised, {delivered:.0f} met the loss"
     assert math.isclose(weight, step.supervised, rel_tol=1e-9), f"step {step.index}: weight {weight}"
-    return nll / step.supervised, int(correct)
+    return nll / step.supervised, int(correct), (round(tokens / mesh.ulysses), operations / mesh.ulysses)
 
 
 class _NamingRows:
@@ -127,15 +134,16 @@ def _key(seed: int, step: int, pack: tuple[int, ...], part: int) -> int:
 
 
 def _record(
-    run: Run, step: Step, loss: float, correct: int, norm: float, rate: float, seconds: float, data_seconds: float
+    run: Run, step: Step, loss: float, correct: int, spared: Spared, norm: float, rate: float, seconds: float,
+    data_seconds: float,
 ) -> dict[str, Any]:
     planned = step.planned
-    speed = run.work_of(planned) / seconds
+    speed = (run.work_of(planned) - spared[1]) / seconds
     return {
         "kind": "step", "step": step.index, "epoch": planned.epoch, "loss": loss,
         "accuracy": correct / planned.supervised_tokens, "grad_norm": norm, "learning_rate": rate,
         "examples": planned.examples, "drawn": _drawn(planned), "tokens": planned.tokens,
-        "supervised_tokens": planned.supervised_tokens,
+        "computed_tokens": planned.tokens - spared[0], "supervised_tokens": planned.supervised_tokens,
         "seconds": seconds, "data_seconds": data_seconds, "tokens_per_second": planned.tokens / seconds,
         "tflops": speed / 1e12, "mfu": speed / run.rate, "peak_memory_gib": memory.peak_gib(),
     }

@@ -170,6 +170,20 @@ class Vision:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """What examples of a micro-batch begin with as others do: computed once. Of its S tokens S' are computed."""
+
+    kept: torch.Tensor
+    """i64[S']: the tokens that are computed, in order."""
+    targets: torch.Tensor
+    """i64[M]: where among these the positions that have a target are, each in a place of its own."""
+    places: torch.Tensor
+    """i64[S], in host memory: where among these each token's states are."""
+    begins: tuple[int, ...]
+    """E: the first tokens of each example that are computed in another, always fewer than it has."""
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """One pack: examples laid end to end, isolated by `boundaries`."""
 
@@ -191,6 +205,8 @@ class MicroBatch:
     """The supervised weight the plan promised for this pack."""
     vision: Vision | None = None
     """The images; None for a model that does not see."""
+    shared: Shared | None = None
+    """What may be computed once; None where that is nothing worth while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +270,8 @@ class LossSum:
     """The number of supervised positions that met the vocabulary."""
     share: float = 1.0
     """What its gradient counts: 1 / N of a step, whose gradients are added up."""
+    spared: tuple[int, ...] = ()
+    """The tokens that each example of the micro-batch begins with and that were computed in another, if any were."""
 
     def backward(self) -> None:
         """Add `share` x the gradient of `nll` to what weights have."""

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse import loss
-from schoolhouse.model import attention
+from schoolhouse.model import attention, layouts
 from schoolhouse.parallel import ulysses
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_a_block_keeps_what_the_formula_says(scale: ModuleType) -> None:
     hidden = torch.randn(1, tokens, model.hidden, dtype=torch.bfloat16, requires_grad=True)
     places = torch.arange(tokens)[None]
     angles = real.model.rotary_emb(hidden, places)
-    layout = attention.layout((0, tokens), hidden.device)
+    layout = layouts.layout((0, tokens), hidden.device)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         real.model.layers[0](
             hidden, attention_mask=None, position_ids=places, position_embeddings=angles, layout=layout

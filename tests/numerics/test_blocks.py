@@ -37,7 +37,7 @@ def afresh() -> None:
 
 def gradient(one: Student, rows: list, seed: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of a step of several micro-batches, each of other lengths."""
-    found, _ = train.compute_gradient(one, a_step(rows, PACKS["planned"](rows)), seed)
+    found, *_ = train.compute_gradient(one, a_step(rows, PACKS["planned"](rows)), seed)
     return found, {name: each.grad for name, each in one.model.named_parameters() if each.grad is not None}
 
 

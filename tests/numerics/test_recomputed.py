@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse import config, train
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import attended, attention, blocks, load, varlen
+from schoolhouse.model import attended, blocks, layouts, load, varlen
 from schoolhouse.model.load import Student
 from schoolhouse.model.offload import Offload
 from schoolhouse.starter import miniatures
@@ -52,7 +52,7 @@ def recomputed(one: Student, *, offload: bool = False, **how: bool) -> Student:
 
 
 def gradients(one: Student, rows: list, packs: str = "planned") -> dict[str, Tensor | float]:
-    loss, _ = train.compute_gradient(one, a_step(rows, PACKS[packs](rows)), seed=0)
+    loss, *_ = train.compute_gradient(one, a_step(rows, PACKS[packs](rows)), seed=0)
     found = {name: each.grad for name, each in one.model.named_parameters() if each.grad is not None}
     return {"loss": torch.tensor(loss), **found}
 
@@ -94,7 +94,7 @@ def test_long_examples_attend_once(family: str) -> None:
             gradients(one, rows)
         calls[how] = counted.calls.total()
     micros = a_step(rows, PACKS["planned"](rows)).micro_batches
-    groups = sum(len(attention.layout(micro.boundaries, CPU).groups) for micro in micros)
+    groups = sum(len(layouts.layout(micro.boundaries, CPU).groups) for micro in micros)
     once = groups * one.model.config.num_hidden_layers
     assert calls == {"again": 2 * once, "but attention": once}
 
@@ -119,7 +119,7 @@ def test_what_forward_keeps() -> None:
     tokens, sizes = 200, {}
     for how in ("again", "but attention"):
         one = recomputed(student("llama"), **WAYS[how])
-        given = {"position_ids": torch.arange(tokens)[None], "layout": attention.layout((0, tokens), CPU)}
+        given = {"position_ids": torch.arange(tokens)[None], "layout": layouts.layout((0, tokens), CPU)}
         before = {id(each) for each in _tensors()}
         out = one.model.model(torch.arange(tokens)[None] % 90, **given, use_cache=False).last_hidden_state
         storages = [each.untyped_storage() for each in _tensors() if id(each) not in before]

@@ -14,7 +14,7 @@ from test_families import student
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from schoolhouse.model import attention, varlen
+from schoolhouse.model import attention, layouts, varlen
 from schoolhouse.model.varlen import Ends, Heads, Rule
 from schoolhouse.parallel.mesh import ALONE
 
@@ -49,7 +49,7 @@ def runs() -> Tensor:
 
 
 def by_groups(*given: Tensor, rule: Rule, visual: Tensor | None = None) -> Tensor:
-    return attention._attend(*given, attention.layout(BOUNDARIES, CPU, visual=visual), rule)
+    return attention._attend(*given, layouts.layout(BOUNDARIES, CPU, visual=visual), rule)
 
 
 def check_equal(found: Tensor, wanted: Tensor, leaves: list[Tensor], tolerance: float = 1e-9) -> None:
@@ -64,7 +64,7 @@ def check_equal(found: Tensor, wanted: Tensor, leaves: list[Tensor], tolerance: 
 def test_flex_attention_is_asked_for_what_the_groups_compute(name: str, images: bool, pure: None) -> None:
     """To 1e-9 in float64, result and gradients; uncompiled, it looks at every pair by the mask's rule."""
     given, rule, visual = states(), RULES[name], runs() > 0 if images else None
-    seen = attention._runs(visual, BOUNDARIES) if images else None
+    seen = layouts._runs(visual, BOUNDARIES) if images else None
     found = varlen.attend("flex", *given, varlen.ends(BOUNDARIES, CPU, seen), rule)
     check_equal(found, by_groups(*given, rule=rule, visual=visual), given)
 
@@ -96,16 +96,16 @@ def test_blocks_of_the_mask_hold_what_their_rule_says(window: int | None, images
     assert bool(whole) == (window not in (1, 40, 128))
 
 
-def flash(query, key, value, from_, to, longest, same, *, scale, window_size, enable_gqa) -> Tensor:
+def flash(query, key, value, from_, to, asking, longest, *, scale, window_size, enable_gqa) -> Tensor:
     """What `torch.nn.attention.varlen.varlen_attn` documents, example by example."""
-    assert (longest, longest) == (int(from_.diff().max()), same) and from_.dtype == torch.int32
+    assert (asking, longest) == (int(from_.diff().max()), int(to.diff().max())) and from_.dtype == torch.int32
     assert enable_gqa == (query.shape[1] != key.shape[1])
     parts = []
-    for start, end in itertools.pairwise(from_.tolist()):
-        q, k, v = (one[start:end].transpose(0, 1) for one in (query, key, value))
+    for (first, last), (start, end) in zip(*(itertools.pairwise(one.tolist()) for one in (from_, to)), strict=True):
+        q, k, v = query[first:last].transpose(0, 1), *(one[start:end].transpose(0, 1) for one in (key, value))
         k, v = (one.repeat_interleave(len(q) // len(one), 0) for one in (k, v))
         scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        distance = torch.arange(end - start - (last - first), end - start)[:, None] - torch.arange(end - start)
         left, right = (end if side < 0 else side for side in window_size)
         seen = (distance <= left) & (-distance <= right)
         parts.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
@@ -125,7 +125,8 @@ def test_flash_attention_is_asked_for_what_the_groups_compute(rule: Rule, monkey
 def test_the_real_kernel_takes_what_it_is_given() -> None:
     """The operation and its backward on tensors without values: shapes and the names of arguments."""
     given = [pretended(heads, 64).requires_grad_() for heads in (4, 2, 2)]
-    ends = Ends(torch.empty(6, device="meta", dtype=torch.int32), 449, BOUNDARIES)
+    offsets = torch.empty(6, device="meta", dtype=torch.int32)
+    ends = Ends(offsets, 449, BOUNDARIES, offsets, 449)
     found = varlen.attend("varlen", *given, ends, Rule(window=40))
     grads = torch.autograd.grad(found, given, torch.empty_like(found))
     assert found.shape == given[0].shape
@@ -158,13 +159,17 @@ def test_which_kernel_computes_what(query, rule, images, wanted) -> None:
 HEADS = Heads(4, 2, 64, 64)
 
 
-def fault(chosen: str, heads: Heads = HEADS, softcap: float | None = None, sinks: bool = False, images: bool = False):
-    return varlen.fault.__wrapped__(chosen, heads, softcap, sinks, images, CPU)
+def fault(
+    chosen: str, heads: Heads = HEADS, softcap: float | None = None, sinks: bool = False, images: bool = False,
+    rests: bool = False,
+) -> str:
+    return varlen.fault.__wrapped__(chosen, heads, softcap, sinks, images, CPU, rests)
 
 
 def test_a_kernel_that_is_right_is_trusted(pure: None, monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", flash)
     assert fault("varlen") == "" and fault("varlen", Heads(3, 1, 128, 128)) == ""
+    assert fault("varlen", rests=True) == ""
     assert fault("flex", softcap=50.0) == "" and fault("flex", sinks=True) == "" and fault("flex", images=True) == ""
 
 
@@ -184,6 +189,20 @@ def test_a_kernel_that_is_wrong_is_not_used(wrong: str, monkeypatch) -> None:
 
     monkeypatch.setattr(varlen, "varlen_attn", attn)
     assert "off by" in fault("varlen")
+
+
+def test_a_kernel_that_takes_the_first_query_for_the_first_token_gets_whole_examples(monkeypatch) -> None:
+    def first(query, key, value, from_, to, *rest, scale, window_size, enable_gqa) -> Tensor:
+        later = zip(from_.diff().tolist(), to.tolist()[:-1], strict=True)
+        padded = torch.zeros(len(key), *query.shape[1:], dtype=query.dtype)
+        places = torch.cat([torch.arange(start, start + count) for count, start in later])
+        padded = padded.index_copy(0, places, query)
+        found = flash(padded, key, value, to, to, rest[1], rest[1], scale=scale, window_size=window_size,
+                      enable_gqa=enable_gqa)
+        return found[places]
+
+    monkeypatch.setattr(varlen, "varlen_attn", first)
+    assert fault("varlen") == "" and "off by" in fault("varlen", rests=True)
 
 
 def test_a_kernel_that_is_not_there_is_named() -> None:
@@ -212,12 +231,16 @@ def test_no_room_is_no_fault_of_a_kernel(monkeypatch) -> None:
 def test_the_table_says_how_a_model_attends(family, changes, together, trusted, said, monkeypatch) -> None:
     changes = {"head_dim": 16, **changes}
     model, place = student(family, **changes).model, torch.device("cuda")
-    monkeypatch.setattr(varlen, "fault", lambda *_: "")
+    monkeypatch.setattr(varlen, "fault", lambda *_, rests=False: "")
     found = varlen.kernels(model, place, "bfloat16", ALONE, together)
     assert (found.trusted, found.said) == (trusted, said)
+    assert found.whole == ("FlexAttention takes each example whole" if "flex" in trusted else "")
+    monkeypatch.setattr(varlen, "fault", lambda *_, rests=False: "off by 9%" if rests else "")
+    found = varlen.kernels(model, place, "bfloat16", ALONE, together)
+    assert found.trusted == trusted and ("off by 9%" in found.whole) == ("varlen" in trusted)
     assert varlen.kernels(model, place, "float32", ALONE, together).said == "in groups of like length"
     assert not varlen.kernels(model, CPU, "bfloat16", ALONE, together).trusted
-    monkeypatch.setattr(varlen, "fault", lambda *_: "its results are off by 7%")
+    monkeypatch.setattr(varlen, "fault", lambda *_, rests=False: "its results are off by 7%")
     found = varlen.kernels(model, place, "bfloat16", ALONE, together)
     assert not found.trusted and (not trusted or "does not serve here: its results are off by 7%" in found.said)
 

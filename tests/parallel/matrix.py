@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from plain_sft import plain_gradient
 from test_invariance import a_store, example, examples, student
+from test_shared_prefixes import branches
 from torch.distributed.tensor import DTensor
 from true_float64 import TrueFloat64
 
@@ -61,8 +62,11 @@ def made_student(made: str, narrow: bool) -> Student:
 
 
 def rows(kind: str) -> list[Example]:
-    """`uneven`: lengths from 1 to 90; `silent`: a data rank's examples have no target; `few`: fewer than ranks."""
+    """`uneven`: lengths from 1 to 90; `silent`: a data rank's examples have no target; `few`: fewer than ranks;
+    `branches`: they begin alike."""
     generator = np.random.default_rng(11)
+    if kind == "branches":
+        return branches()
     if kind == "few":
         return examples("fractional", number=1, seed=12)
     lengths = [1, 90, 3, 41, 17, 2, 30, 8, 8, 25]
@@ -110,7 +114,7 @@ def compare(
         fsdp.shard(placed, mesh, torch.float32 if narrow else torch.float64, offload=False)
     assert (len(fsdp.groups(placed)) == 1) == bool(small)
     with nullcontext() if narrow else TrueFloat64():
-        loss, _ = train.compute_gradient(placed, step_of(a_store(taught), mesh, kind), seed=0)
+        loss, *_ = train.compute_gradient(placed, step_of(a_store(taught), mesh, kind), seed=0)
     largest = max(float(gradient.norm()) for gradient in wanted.values())
     worst = abs(loss - wanted_loss) / max(abs(wanted_loss), 1e-6)
     found = {name: parameter.grad for name, parameter in placed.model.named_parameters()}
@@ -139,7 +143,7 @@ def four_bits(layout: group.Layout, base: Path) -> float:
         if here.world > 1:
             fsdp.shard(placed, mesh, torch.float32, offload=False, kept=kept)
             assert len(fsdp.groups(placed)) == 5 and fourbit.matrices(model) == kept
-        loss, _ = train.compute_gradient(placed, step_of(a_store(rows("uneven")), here, "uneven"), seed=0)
+        loss, *_ = train.compute_gradient(placed, step_of(a_store(rows("uneven")), here, "uneven"), seed=0)
         trained = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
         whole = {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in trained.items()}
         found.append((loss, whole))
@@ -158,7 +162,7 @@ def layouts(world: int) -> list[group.Layout]:
 def named(world: int) -> dict[str, Callable[[], float]]:
     """Every case of the matrix for `world` processes, by name."""
     cases, base = {}, places.model_directory("starter/qwen3")  # transformers writes a model on rank 0 only, once joined
-    for layout, made, kind in itertools.product(layouts(world), STUDENTS, ("uneven", "silent", "few")):
+    for layout, made, kind in itertools.product(layouts(world), STUDENTS, ("uneven", "silent", "few", "branches")):
         name = f"{made}, {kind}, {'x'.join(map(str, layout))}"
         cases[name] = functools.partial(compare, made, kind, layout)
         if kind == "uneven":

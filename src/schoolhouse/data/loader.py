@@ -13,15 +13,18 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from schoolhouse.data import ahead
+from schoolhouse.data import ahead, shared_prefixes
 from schoolhouse.data.ahead import WHOLE, Share
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.shares import share_out
-from schoolhouse.types import MicroBatch, Step, Vision
+from schoolhouse.types import MicroBatch, Shared, Step, Vision
 
-Held = TypeVar("Held", MicroBatch, Vision)
+Held = TypeVar("Held", MicroBatch, Vision, Shared)
+WORTH = 0.02
+"""The share of a micro-batch's tokens that must stand in others, for these to be computed once: finding them again in
+attention costs about as much, measured on a processor. What the plan counts on is always computed once."""
 
 
 def steps(
@@ -41,7 +44,7 @@ def steps(
             coming = thread.submit(next, made, None)
             while (step := coming.result()) is not None:
                 coming = thread.submit(next, made, None)
-                step = Step(step.planned, [_placed(micro, device) for micro in step.micro_batches])
+                step = Step(step.planned, [placed(micro, device) for micro in step.micro_batches])
                 yield step
         finally:
             stopped.set()
@@ -78,7 +81,7 @@ def micro_batch(
 ) -> MicroBatch:
     """The examples of a pack end to end with the pixels `seen`, of all images or of the share of one of `degree`
     processes; an empty pack is one token that teaches nothing."""
-    return _placed(_host_batch(store, pack, sight, seen, degree), device)
+    return placed(_host_batch(store, pack, sight, seen, degree), device)
 
 
 def _host_batch(
@@ -86,7 +89,8 @@ def _host_batch(
 ) -> MicroBatch:
     if not pack:
         return _empty(sight)
-    ids, labels, weights = map(np.concatenate, zip(*map(store.tokens, pack), strict=True))
+    parts = [*zip(*map(store.tokens, pack), strict=True)]
+    ids, labels, weights = map(np.concatenate, parts)
     lengths = store.lengths[list(pack)].tolist()
     return MicroBatch(
         input_ids=_row(ids.astype(np.int64)),
@@ -98,20 +102,33 @@ def _host_batch(
         pack=tuple(pack),
         supervised=float(store.supervised[list(pack)].sum()),
         vision=None if sight is None else _vision(store, pack, sight, seen, degree),
+        shared=None if sight is not None or len(pack) == 1 else shared(parts[0], parts[2]),
     )
 
 
-def _placed(micro: MicroBatch, device: torch.device) -> MicroBatch:
+def shared(ids: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> Shared | None:
+    """What examples begin with as others do; None where that is less than is `WORTH` it."""
+    found = shared_prefixes.anywhere(ids, weights)
+    if found.left_out < WORTH * len(found.sources):
+        return None
+    kept = found.sources == np.arange(len(found.sources))
+    places = (kept.cumsum() - 1)[found.sources]
+    targets = places[np.flatnonzero(np.concatenate(weights))]
+    return Shared(*map(torch.from_numpy, (np.flatnonzero(kept), targets, places)), tuple(found.begins))
+
+
+def placed(micro: MicroBatch, device: torch.device) -> MicroBatch:
     """A micro-batch in host memory, moved to a device."""
     if device.type == "cpu":
         return micro
     vision = None if micro.vision is None else _moved(micro.vision, device)
-    return replace(_moved(micro, device), vision=vision)
+    alike = None if micro.shared is None else _moved(micro.shared, device, but="places")
+    return replace(_moved(micro, device), vision=vision, shared=alike)
 
 
-def _moved(one: Held, device: torch.device) -> Held:
-    """The record with its own tensors on a device."""
-    values = {each.name: getattr(one, each.name) for each in fields(one)}
+def _moved(one: Held, device: torch.device, but: str = "") -> Held:
+    """The record with its own tensors, `but` one, on a device."""
+    values = {each.name: getattr(one, each.name) for each in fields(one) if each.name != but}
     tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     return replace(one, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
@@ -120,8 +137,8 @@ def _positions(store: Store, pack: Sequence[int], lengths: Sequence[int], sight:
     """i64[1, S], or i64[3, 1, S] for a model that places its visual tokens in a grid."""
     if sight is None or not sight.family.placed_by_grid:
         return _row(np.concatenate([np.arange(length) for length in lengths]))
-    placed = [sight.positions(store.tokens(one)[0], store.grids(one)) for one in pack]
-    return torch.from_numpy(np.concatenate(placed, axis=1)).unsqueeze(1)
+    found = [sight.positions(store.tokens(one)[0], store.grids(one)) for one in pack]
+    return torch.from_numpy(np.concatenate(found, axis=1)).unsqueeze(1)
 
 
 def _vision(store: Store, pack: Sequence[int], sight: Sight, seen: torch.Tensor | None, degree: int) -> Vision:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from schoolhouse import inert, loss
 from schoolhouse.config import Lora, Model
+from schoolhouse.data import loader
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
@@ -22,14 +24,18 @@ from schoolhouse.model import (
     blocks,
     families,
     float8,
+    flops,
     fourbit,
     kernels,
     last_block,
+    layouts,
     lora,
+    shared_prefixes,
     sight,
     teaching,
     varlen,
 )
+from schoolhouse.model.flops import Work
 from schoolhouse.model.offload import to_host
 from schoolhouse.model.teaching import Drawn, Span, Teaching
 from schoolhouse.parallel import fsdp, ulysses
@@ -37,8 +43,10 @@ from schoolhouse.parallel.mesh import ALONE, Mesh
 from schoolhouse.shares import share_out
 from schoolhouse.types import LossSum, MicroBatch, Vision
 
+OPENING = 3
+"""Tokens that both of the proof's sequences begin with."""
 EACH = 2
-"""Tokens of the proof's sequences to one that is supervised."""
+"""Tokens of them behind these to one that is supervised."""
 
 
 class Student(nn.Module):
@@ -60,6 +68,7 @@ class Student(nn.Module):
         self.totals: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None
         """Where the gradients of a trained table of tokens are summed up, if they may be added there in place."""
         self._workspace = loss.Workspace()
+        self._apart = shared_prefixes.why_not(model)
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +84,16 @@ class Student(nn.Module):
     def head(self) -> Head:
         """The model's way from hidden states to logits, with the weights as they stand now."""
         return families.head(self.model)
+
+    @functools.cached_property
+    def work(self) -> Work:
+        """What a step costs that trains the model as it is now."""
+        return flops.work(self.model)
+
+    @property
+    def apart(self) -> str:
+        """Why examples that begin alike are computed apart; empty where what they begin with is computed once."""
+        return self._apart or self.teaching.apart or self.kernels.whole
 
     def add_in_place(self, totals: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
         """Have the gradients of embedding and head added to `totals` of them while they are made, instead of filling
@@ -93,9 +112,11 @@ class Student(nn.Module):
         With `drawn`, the step whose random numbers are meant, it is what the step teaches (`self.teaching`); without,
         it is the plain loss. Its gradient counts 1 / `supervised`, the weight of the step.
         """
+        if micro.shared is not None:
+            micro = shared_prefixes.unfolded(micro) if self.apart else shared_prefixes.fold(micro)
         part, share = ulysses.split(micro, self.mesh), 1.0 / supervised
         nll, correct, weight = self(part, drawn, _worth(micro, part) if self.teaching.balance else None, share)
-        return LossSum(nll, correct, weight, len(part.targets), share)
+        return LossSum(nll, correct, weight, len(part.targets), share, micro.shared.begins if micro.shared else ())
 
     def forward(
         self, part: MicroBatch, drawn: Drawn | None = None, worth: torch.Tensor | None = None, share: float = 1.0
@@ -120,9 +141,10 @@ class Student(nn.Module):
                 position_ids=part.positions,
                 use_cache=False,
                 **({"targets": part.targets} if self._only_targets and len(part.targets) else {}),
-                layout=attention.layout(
+                layout=layouts.layout(
                     part.boundaries, part.input_ids.device, self.exchange,
                     None if part.vision is None else sight.together(self.model, part.input_ids), kernels=self.kernels,
+                    shared=part.shared,
                 ),
                 **({"output_router_logits": True} if added.balance else {}),
                 **sight.inputs(self.model, part.vision, part.input_ids, self.exchange),
@@ -309,7 +331,7 @@ def _sequences(
 ) -> tuple[list[torch.Tensor], Vision | None]:
     """Two sequences of tokens spread over the vocabulary, the same every time, and the image that the second shows."""
     drawn = torch.arange(1, 2 * tokens + 4) * 7919 % student.vocabulary
-    sequences = [drawn[: tokens + 1], drawn[tokens + 1 :]]
+    sequences = [drawn[: tokens + 1], torch.cat([drawn[:OPENING], drawn[tokens + 1 + OPENING :]])]
     return (sequences, None) if seeing is None else _with_image(sequences, seeing, student.device, student.mesh)
 
 
@@ -332,24 +354,28 @@ def _pack(
 ) -> MicroBatch:
     """Token sequences as one micro-batch; the image, where there is one, is the last sequence's.
 
-    Every `EACH`th token is supervised, so that the proof sees it where something is computed for targets alone.
+    Every `EACH`th token behind the opening is supervised, so that the proof sees it where something is computed for
+    targets alone, or once for both.
     """
     lengths = [len(sequence) - 1 for sequence in sequences]
-    supervised = torch.cat([torch.arange(length) % EACH == 0 for length in lengths])
+    chosen = [(torch.arange(length) >= OPENING) & ((torch.arange(length) - OPENING) % EACH == 0) for length in lengths]
+    supervised, ids = torch.cat(chosen), [sequence[:-1].numpy() for sequence in sequences]
+    shared = None if seeing is not None else loader.shared(ids, [one.numpy() for one in chosen])
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     if seeing is not None and seeing.family.placed_by_grid:
         grids = [[], [tuple(vision.grid[0].tolist())]]
         placed = [seeing.positions(one[:-1].numpy(), grid) for one, grid in zip(sequences, grids, strict=True)]
         positions = torch.cat([torch.from_numpy(one) for one in placed], dim=1).unsqueeze(1)
-    return MicroBatch(
-        input_ids=torch.cat([sequence[:-1] for sequence in sequences]).unsqueeze(0).to(place),
-        labels=torch.cat([sequence[1:] for sequence in sequences]).unsqueeze(0).to(place),
-        weights=supervised.float().unsqueeze(0).to(place),
-        positions=positions.to(place),
+    micro = MicroBatch(
+        input_ids=torch.cat([sequence[:-1] for sequence in sequences]).unsqueeze(0),
+        labels=torch.cat([sequence[1:] for sequence in sequences]).unsqueeze(0),
+        weights=supervised.float().unsqueeze(0),
+        positions=positions,
         boundaries=(0, lengths[0], sum(lengths)),
-        targets=supervised.nonzero().flatten().to(place),
-        pack=(), supervised=float(supervised.sum()), vision=vision,
+        targets=supervised.nonzero().flatten(),
+        pack=(), supervised=float(supervised.sum()), vision=vision, shared=shared,
     )
+    return loader.placed(micro, place)
 
 
 def _own_loss(
@@ -359,4 +385,5 @@ def _own_loss(
     ids = sequence[:-1].unsqueeze(0)
     seen = {} if vision is None else sight.own_inputs(model, vision, ids == seeing.token)
     logits = model(input_ids=ids, use_cache=False, **seen).logits[0]
-    return torch.nn.functional.cross_entropy(logits[::EACH].float(), sequence[1::EACH], reduction="sum")
+    targets = sequence[OPENING + 1 :: EACH]
+    return torch.nn.functional.cross_entropy(logits[OPENING::EACH].float(), targets, reduction="sum")

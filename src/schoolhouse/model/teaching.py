@@ -40,6 +40,13 @@ class Teaching:
     balance: float = 0.0
     """Weight of the balance loss of experts."""
 
+    @property
+    def apart(self) -> str:
+        """Why examples that begin alike do not go through the model alike; empty where they do."""
+        if self.noise:
+            return "NEFTune draws noise for each example"
+        return "the balance of experts is that of each example" if self.balance else ""
+
     def describe(self) -> str:
         """What is learnt, for the table of what is in force."""
         parts = ["cross-entropy of the supervised tokens"]

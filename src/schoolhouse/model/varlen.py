@@ -35,6 +35,8 @@ CLOSE = 0.05
 TRIALS = ((0, 70, 200), (0, 61, 301), (0, 1, 130, 835))
 """Examples that a kernel is tried with, of several lengths, since what is compiled for one may fail for the next: some
 end within a block, one holds whole ones."""
+RESTS = ((0, 30), (61, 0), (0, 120, 0))
+"""The first tokens of each of these examples that ask nothing, as if they were computed in another."""
 GROUPS = "in groups of like length"
 
 Kernel = Literal["varlen", "flex"]
@@ -67,6 +69,8 @@ class Kernels:
     trusted: frozenset[Kernel] = frozenset()
     said: str = GROUPS
     """How the model attends, and why not otherwise: for the table of what is in force."""
+    whole: str = ""
+    """Why they have to be given each example whole; empty where not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,15 @@ class Ends:
     """Where the examples of a sequence of S tokens end, as kernels want to know it."""
 
     offsets: Tensor
-    """i32[E + 1] on the device."""
+    """i32[E + 1] on the device: of the keys of each example."""
     longest: int
     """Tokens of the longest example."""
     boundaries: tuple[int, ...]
     """The same offsets."""
+    asking: Tensor
+    """i32[E + 1] on the device: of the tokens of each example that ask, its last ones."""
+    most_asking: int
+    """Their number in the example that has most."""
     runs: Tensor | None = None
     """i64[S] on the CPU: the run of visual tokens that see one another each token belongs to, from 1; 0 for text."""
     trusted: frozenset[Kernel] = frozenset()
@@ -100,12 +108,17 @@ class Ends:
 
 def ends(
     boundaries: Sequence[int], device: torch.device, runs: Tensor | None = None,
-    trusted: frozenset[Kernel] = frozenset(),
+    trusted: frozenset[Kernel] = frozenset(), begins: Sequence[int] | None = None,
 ) -> Ends:
-    """The ends of the examples between `boundaries` (E + 1 offsets), on a device."""
-    longest = max(end - start for start, end in itertools.pairwise(boundaries))
+    """The ends of the examples between `boundaries` (E + 1 offsets), on a device; the first `begins` tokens of each ask
+    nothing, where that is given."""
+    lengths = np.diff(boundaries)
     offsets = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
-    return Ends(offsets, longest, tuple(boundaries), runs, trusted)
+    asking, asked = offsets, lengths
+    if begins is not None:
+        asked = lengths - np.asarray(begins)
+        asking = torch.from_numpy(np.append(0, asked.cumsum()).astype(np.int32)).to(device, non_blocking=True)
+    return Ends(offsets, int(lengths.max()), tuple(boundaries), asking, int(asked.max()), runs, trusted)
 
 
 def kernel(query: Tensor, rule: Rule, ends: Ends | None) -> Kernel | None:
@@ -119,7 +132,7 @@ def kernel(query: Tensor, rule: Rule, ends: Ends | None) -> Kernel | None:
 
 
 def attend(chosen: Kernel, query: Tensor, key: Tensor, value: Tensor, ends: Ends, rule: Rule) -> Tensor:
-    """Causal attention within each example: query [S, H, K], key [S, H', K], value [S, H', K'] to [S, H, K']."""
+    """Causal attention within each example: query [Q, H, K], key [S, H', K], value [S, H', K'] to [Q, H, K']."""
     return (_by_varlen if chosen == "varlen" else _by_flex)(query, key, value, ends, rule)
 
 
@@ -138,15 +151,18 @@ def kernels(model: PreTrainedModel, place: torch.device, precision: str, mesh: M
         return Kernels(said=f"{GROUPS} ({unfit})")
     sinks = settings["model_type"] in families.SINKS
     wanted: list[Kernel] = ["flex"] if softcap or sinks else ["varlen", "flex"] if together else ["varlen"]
-    found, said = set(), []
+    found, said, whole = set(), [], "FlexAttention takes each example whole" if "flex" in wanted else ""
     for one in wanted:
-        why = fault(one, heads, softcap if one == "flex" else None, sinks, together, place)
+        tried = functools.partial(fault, one, heads, softcap if one == "flex" else None, sinks, together, place)
+        why = tried()
         if mesh.any(bool(why)):
             said.append(f"{GROUPS} ({NAMES[one]} does not serve here: {(why or 'on another process'):.120})")
         else:
             found.add(one)
             said.append(f"by {NAMES[one]}{' where a pack has images' if len(wanted) > 1 and one == 'flex' else ''}")
-    return Kernels(frozenset(found), ", ".join(said))
+            if one == "varlen" and mesh.any(bool(why := tried(rests=True))):
+                whole = f"{NAMES[one]} does not serve the rest of an example here: {(why or 'on another process'):.120}"
+    return Kernels(frozenset(found), ", ".join(said), whole if found else "")
 
 
 def heads_of(settings: Mapping[str, Any], ulysses: int = 1) -> Heads:
@@ -170,17 +186,20 @@ def _unfit(heads: Heads, settings: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=16)
 def fault(
-    chosen: Kernel, heads: Heads, softcap: float | None, sinks: bool, together: bool, place: torch.device
+    chosen: Kernel, heads: Heads, softcap: float | None, sinks: bool, together: bool, place: torch.device,
+    rests: bool = False,
 ) -> str:
-    """What is wrong with a kernel for such heads on a device; empty where its results and gradients are right."""
+    """What is wrong with a kernel for such heads on a device, given whole examples or `rests` of them; empty where its
+    results and gradients are right."""
     errors = []
     try:
-        for boundaries, window in itertools.product(TRIALS, (None, 50)):
+        for (boundaries, begins), window in itertools.product(zip(TRIALS, RESTS, strict=True), (None, 50)):
             rule = Rule(
                 window=window, softcap=softcap, scaling=0.7 * heads.size**-0.5,
                 sinks=torch.linspace(-1, 1, heads.queries, device=place) if sinks and chosen == "flex" else None,
             )
-            found, wanted = _trial(chosen, rule, heads, _seen(boundaries, place, together and chosen == "flex"), place)
+            seen = _seen(boundaries, place, together and chosen == "flex", begins if rests else None)
+            found, wanted = _trial(chosen, rule, heads, seen, place)
             errors += [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True)]
     except torch.OutOfMemoryError:
         raise
@@ -191,32 +210,40 @@ def fault(
     return f"its results are off by {max(errors):.0%}"
 
 
-def _seen(boundaries: tuple[int, ...], place: torch.device, together: bool) -> Ends:
+def _seen(
+    boundaries: tuple[int, ...], place: torch.device, together: bool, begins: tuple[int, ...] | None
+) -> Ends:
     """The examples of a trial; with an image in the last one."""
     runs = torch.zeros(boundaries[-1], dtype=torch.int64)
     runs[boundaries[-2] + 5 : boundaries[-2] + 75] = 1
-    return ends(boundaries, place, runs if together else None)
+    return ends(boundaries, place, runs if together else None, begins=begins)
 
 
 def _trial(
     chosen: Kernel, rule: Rule, heads: Heads, ends: Ends, place: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A kernel's result and gradients for some examples, and those of attention written out."""
-    both, tokens = [], ends.boundaries[-1]
+    both, tokens, own = [], ends.boundaries[-1], _asking(ends)
     waves = torch.arange(tokens * heads.queries * heads.size, device=place, dtype=torch.float32)
     drawn = ((0.37, heads.queries), (0.91, heads.keys), (1.73, heads.keys), (0.59, heads.queries))
     waves = waves.view(tokens, heads.queries, heads.size)
     states = [waves.mul(step).sin()[:, :number].bfloat16() for step, number in drawn]
     for way in (attend, _written_out):
-        leaves = [one.detach().requires_grad_() for one in states[:3]]
+        leaves = [one.detach().requires_grad_() for one in (states[0][own], *states[1:3])]
         with torch.enable_grad():
             out = way(chosen, *leaves, ends, rule)
-        both.append([out.detach(), *torch.autograd.grad(out, leaves, states[3].to(out.dtype))])
+        both.append([out.detach(), *torch.autograd.grad(out, leaves, states[3][own].to(out.dtype))])
     return both[0], [one.float() for one in both[1]]
 
 
+def _asking(ends: Ends) -> Tensor:
+    """i64[Q]: the tokens that ask, among all S."""
+    counts = ends.asking.diff().tolist()
+    return torch.cat([torch.arange(end - count, end) for end, count in zip(ends.boundaries[1:], counts, strict=True)])
+
+
 def _written_out(_: Kernel, query: Tensor, key: Tensor, value: Tensor, ends: Ends, rule: Rule) -> Tensor:
-    """What `attend` computes, from all S x S scores."""
+    """What `attend` computes, from all Q x S scores."""
     query, key, value = (one.float().transpose(0, 1) for one in (query, key, value))
     repeats = len(query) // len(key)
     key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
@@ -224,7 +251,7 @@ def _written_out(_: Kernel, query: Tensor, key: Tensor, value: Tensor, ends: End
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     places = torch.arange(scores.shape[-1], device=scores.device)
-    seen = _sight(ends, rule.window, scores.device)(0, 0, places[:, None], places[None])
+    seen = _sight(ends, rule.window, scores.device)(0, 0, _asking(ends).to(scores.device)[:, None], places[None])
     scores = scores.masked_fill(~seen, -math.inf)
     if rule.sinks is not None:
         scores = torch.cat([scores, rule.sinks.view(-1, 1, 1).expand(*scores.shape[:2], 1)], -1)
@@ -235,11 +262,12 @@ def _written_out(_: Kernel, query: Tensor, key: Tensor, value: Tensor, ends: End
 
 
 def _by_varlen(query: Tensor, key: Tensor, value: Tensor, ends: Ends, rule: Rule) -> Tensor:
-    """FlashAttention; a layer whose window holds every example has none."""
+    """FlashAttention; a layer whose window holds every example has none. Of fewer queries than keys, the last query
+    stands at the last key."""
     window = (-1 if rule.window is None or rule.window >= ends.longest else rule.window - 1, 0)
     with attended.kernel():
         return varlen_attn(
-            query.contiguous(), key.contiguous(), value.contiguous(), ends.offsets, ends.offsets, ends.longest,
+            query.contiguous(), key.contiguous(), value.contiguous(), ends.asking, ends.offsets, ends.most_asking,
             ends.longest, scale=rule.scaling, window_size=window, **_grouped(query.shape[1] != key.shape[1]),
         )
 

@@ -36,18 +36,23 @@ def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
     """
     if mesh.ulysses == 1:
         return micro
-    missing = -micro.input_ids.shape[1] % mesh.ulysses
-    length = (micro.input_ids.shape[1] + missing) // mesh.ulysses
+    computed = micro.input_ids.shape[1]
+    missing = -computed % mesh.ulysses
+    length = (computed + missing) // mesh.ulysses
     start = mesh.ulysses_rank * length
 
     def part(values: Tensor, padding: int) -> Tensor:
         return torch.nn.functional.pad(values, (0, missing), value=padding)[..., start : start + length]
 
-    whole = micro.boundaries[-1]
+    whole, shared = micro.boundaries[-1], micro.shared
     inside = micro.targets[(micro.targets >= start) & (micro.targets < start + length)]
     padded = torch.nn.functional.pad(micro.positions, (0, missing))
     if missing:
-        padded[..., whole:] = torch.arange(missing, device=padded.device)
+        padded[..., computed:] = torch.arange(missing, device=padded.device)
+        shared = None if shared is None else dataclasses.replace(
+            shared, places=torch.cat([shared.places, torch.arange(computed, computed + missing)]),
+            begins=(*shared.begins, 0),
+        )
     ids, positions, vision = part(micro.input_ids, 0), padded[..., start : start + length], micro.vision
     if vision is not None:  # features go into their places first: every process sees all tokens
         ids, positions = torch.nn.functional.pad(micro.input_ids, (0, missing)), padded
@@ -56,6 +61,7 @@ def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
         micro, input_ids=ids, labels=part(micro.labels, UNSUPERVISED), vision=vision,
         weights=part(micro.weights, 0), positions=positions,
         boundaries=(*micro.boundaries, whole + missing) if missing else micro.boundaries, targets=inside - start,
+        shared=shared,
     )
 
 
