@@ -61,9 +61,10 @@ def measure(path: Path, settings: list[str]) -> dict[str, Any]:
     serving = served.serving(recipe.model, directory, datetime.date.today())
     store, _ = overview.stores(recipe, serving, Screen())
     seeing = served.load(serving).sight
-    pack = fitting.heaviest_packs(plans.plan(store, recipe), store.largest_image)[0]
+    plan = plans.plan(store, recipe, shares=seeing is None)
+    pack = fitting.heaviest_packs(plan, store.largest_image)[0]
     seen = next(iter(loader.pixels(store, iter([pack]), seeing, len(pack), CPU)))
-    micro = loader.micro_batch(store, pack, CPU, seeing, seen)
+    micro = loader.as_planned(store, loader.micro_batch(store, pack, CPU, seeing, seen))
     foreseen = estimate.memory(recipe, directory) or {}
     attention.register()
     ahead = _saved_on_meta(recipe, directory, micro)

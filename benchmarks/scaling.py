@@ -171,7 +171,7 @@ def timed(*words: str) -> tuple[float, float]:
 
 def balances(rows: Path | None, tokenizer: Path | None) -> Iterator[dict]:
     """The plan's rounds over `STEPS` steps of each layout, of real lengths where rows are given, and of a long tail."""
-    from schoolhouse.data import plan
+    from schoolhouse.data import packs
 
     random = np.random.default_rng(0)
     tail = np.minimum(np.exp(random.normal(5.5, 1.2, 20000)).astype(np.int64) + 10, 8192)
@@ -183,8 +183,8 @@ def balances(rows: Path | None, tokenizer: Path | None) -> Iterator[dict]:
         over, bound = [], []
         for _ in range(STEPS):
             chosen = lengths[random.integers(0, len(lengths), examples)]
-            costs = chosen * (1 + chosen / plan.ATTENTION_LENGTH)
-            spent = np.asarray([costs[pack].sum() for pack in plan.partition(chosen, tokens, ranks)])
+            costs = chosen * (1 + chosen / packs.ATTENTION_LENGTH)
+            spent = np.asarray([costs[pack].sum() for pack in packs.partition(chosen, tokens, ranks)])
             mean = costs.sum() / ranks
             over.append(spent.reshape(-1, ranks).max(1).sum() / mean)
             bound.append(1 + max(0.0, costs.max() - densest(chosen, costs, ranks * tokens) / ranks) / mean)

@@ -21,6 +21,7 @@ from schoolhouse import recipe as recipes
 from schoolhouse.config import Model, Rows
 from schoolhouse.data import choose, loader, prepare, served
 from schoolhouse.data import plan as plans
+from schoolhouse.data.packs import partition
 from schoolhouse.data.served import Rules, Served
 from schoolhouse.data.store import Store
 from schoolhouse.model import load
@@ -166,7 +167,7 @@ def test_eval_equals_train_equation(weighted: Path) -> None:
     """Validation over rows is the loss of one training step over the same rows: weighted targets, one division."""
     store, recipe = store_of(weighted), recipes.read(weighted)
     student = load.load(starter(), recipe.model, torch.device("cpu"))
-    packs = plans.partition(store.lengths, recipe.batch.tokens)
+    packs = partition(store.lengths, recipe.batch.tokens)
     planned = PlannedStep(
         1, 0, tuple(map(tuple, packs)), int(store.lengths.sum()), int(store.supervised_tokens.sum()),
         float(store.supervised.sum()),
@@ -186,5 +187,5 @@ def test_every_rank_has_equal_steps(lengths: list[int], ranks: int, examples: in
     for index in range(1, 2 * plan.steps_per_epoch + 1):
         packs = plan.step(index).packs
         assert len({len(packs[rank::ranks]) for rank in range(ranks)}) == 1 and len(packs) >= ranks
-    for packs in (plans.partition(sizes, 60, ranks),):  # validation is laid out by this
+    for packs in (partition(sizes, 60, ranks),):  # validation is laid out by this
         assert len(packs) % ranks == 0 and sorted(itertools.chain(*packs)) == list(range(len(lengths)))

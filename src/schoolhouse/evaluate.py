@@ -78,7 +78,8 @@ def validation(
     started = time.perf_counter()
     mesh = student.mesh
     sums = torch.zeros(4, dtype=torch.float64, device=student.device)
-    every = plan.partition(store.lengths, batch_tokens, mesh.data_ranks, store.patches)
+    shares = seeing is None and not student.apart
+    every = plan.whole(store, batch_tokens, mesh.data_ranks, shares=shares)
     packs = every[mesh.data_rank :: mesh.data_ranks]
     seen = loader.pixels(store, packs, seeing, len(store), student.device, mesh.seat)
     with _evaluating(student):

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from schoolhouse import memory
-from schoolhouse.data import loader
+from schoolhouse.data import loader, packs
+from schoolhouse.data.packs import Units
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
@@ -70,6 +71,7 @@ class Rehearsal:
         share = student.mesh.seat
         seen = next(iter(loader.pixels(self.store, iter([pack]), self.sight, len(pack), student.device, share)))
         micro = loader.micro_batch(self.store, pack, student.device, self.sight, seen, share[1])
+        micro = loader.as_planned(self.store, micro)
         fsdp.expect(student, last=True)
         student.loss(micro, Drawn(0, 0), micro.supervised).backward()
         self.optimizer.clip()
@@ -131,8 +133,17 @@ def _growth(plan: Plan, larger: Plan, images: np.ndarray) -> float:
     if plan.patches is not None and plan.patches.any():
         kinds.append(plan.patches)
     both = [heaviest_packs(one, images) for one in (plan, larger)]
-    most = [[max(int(kind[list(pack)].sum()) for pack in packs) for kind in kinds] for packs in both]
+    most = [[max(int(kind[list(pack)].sum()) for pack in found) for kind in kinds] for found in both]
+    for sizes, found in zip(most, both, strict=True):
+        sizes.append(max(_computed(plan, pack) for pack in found))
     return max(after / before for before, after in zip(*most, strict=True))
+
+
+def _computed(plan: Plan, pack: Sequence[int]) -> int:
+    """Tokens of a pack that are computed, by what the plan counts on."""
+    chosen = np.asarray(pack)
+    shared = plan.shared(chosen)
+    return int(plan.lengths[chosen].sum() - (0 if shared is None else shared.sum()))
 
 
 def _all_have_room(student: Student, held: int | None, ratio: float) -> bool:
@@ -171,27 +182,37 @@ def _sizes(smallest: int, enough: int) -> Iterator[int]:
 def heaviest_packs(plan: Plan, images: np.ndarray) -> list[tuple[int, ...]]:
     """The heaviest pack of tokens that a step can hold, of supervised ones, and of patches, of each class of images.
 
+    Where examples of a row are computed together: of those apart, and of those together, by the tokens attended to.
     `images` i64[examples] are the patches of each one's largest image; sizes less than a doubling apart are a class. A
     pack of one large image and one of many small ones take their memory in other pieces, and in other layers.
     """
-    found = [heaviest(plan, plan.lengths), heaviest(plan, plan.supervised_tokens)]
+    every = np.arange(len(plan.lengths))
+    apart = packs.alone(plan.lengths, plan.lengths)
+    kinds = [(apart, plan.lengths), (apart, plan.supervised_tokens)]
+    shared = plan.shared(every)
+    if shared is not None:
+        together = packs.units(plan.lengths, plan.lengths, shared, plan.tokens, most=plan.examples)
+        kinds += [(together, plan.lengths), (together, plan.supervised_tokens)]
     if plan.patches is not None and plan.patches.any():
         classes = np.frexp(images)[1]
-        found.append(heaviest(plan, plan.patches))
-        found += [heaviest(plan, np.where(classes == one, plan.patches, 0)) for one in np.unique(classes[images > 0])]
-    return list(dict.fromkeys(found))
+        kinds.append((apart, plan.patches))
+        kinds += [(apart, np.where(classes == one, plan.patches, 0)) for one in np.unique(classes[images > 0])]
+    return list(dict.fromkeys(heaviest(plan, *kind) for kind in kinds))
 
 
-def heaviest(plan: Plan, weights: np.ndarray) -> tuple[int, ...]:
-    """The heaviest example, then each next heaviest that finds room in `batch.tokens`; of equals, the longest."""
+def heaviest(plan: Plan, units: Units, weights: np.ndarray) -> tuple[int, ...]:
+    """The heaviest unit, by weights of examples, then each next heaviest that finds room in `batch.tokens`; of equals,
+    the longest."""
     pack: list[int] = []
-    tokens, shortest = plan.tokens, plan.lengths.min()
-    for index in np.lexsort((-plan.lengths, -weights)):
+    tokens, shortest = plan.tokens, units.lengths.min()
+    sums = np.add.reduceat(weights, np.cumsum([0, *map(len, units.members)])[:-1])
+    for unit in np.lexsort((-units.lengths, -sums)):
         if len(pack) == plan.examples or tokens < shortest:
             break
-        if plan.lengths[index] <= tokens:
-            pack.append(int(index))
-            tokens -= int(plan.lengths[index])
+        members = units.members[unit]
+        if units.lengths[unit] <= tokens and len(pack) + len(members) <= plan.examples:
+            pack += members
+            tokens -= int(units.lengths[unit])
     return tuple(pack)
 
 

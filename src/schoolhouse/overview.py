@@ -31,7 +31,8 @@ LONGEST = 5
 def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]:
     """Prepare all sources of a recipe and describe them; what `check --json` prints."""
     train, validation = stores(recipe, serving, screen)
-    plan = plans.plan(train, recipe)
+    model = served.load(serving)
+    plan = plans.plan(train, recipe, shares=model.sight is None)
     return {
         "train": ledger(train),
         "validation": ledger(validation) if validation else None,
@@ -41,7 +42,7 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
         "micro_batches": len(plan.step(1).packs),
         "prepared": str(train.directory),
         "memory": estimate.memory(recipe, serving.directory),
-        "in_force": [{"what": what, "value": value} for what, value in _in_force(recipe, served.load(serving)).items()],
+        "in_force": [{"what": what, "value": value} for what, value in _in_force(recipe, model).items()],
     }
 
 
@@ -61,18 +62,19 @@ def ledger(store: Store) -> dict[str, Any]:
     longest = np.argsort(-store.lengths, kind="stable")[:LONGEST]
     return {
         **dataclasses.asdict(counted), "kept": counted.kept, "stop_share": counted.stopped_turns / counted.turns,
-        "split_cost": split_cost(store), "fingerprint": store.fingerprint,
+        "split_cost": split_cost(store, store.lengths),
+        "computed_cost": split_cost(store, store.lengths - store.shared), "fingerprint": store.fingerprint,
         "lengths": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
         "longest": [{"row": str(store[int(one)].origin), "tokens": int(store.lengths[one])} for one in longest],
         "files": {name: str(store.directory / name) for name in (account.DROPPED, account.BAD)},
     }
 
 
-def split_cost(store: Store) -> float:
-    """How many times as many tokens are computed as if no row were split: 1 where each row is one example."""
+def split_cost(store: Store, tokens: np.ndarray) -> float:
+    """How many times as many are these tokens of examples as if no row were split: 1 where each row is one example."""
     place = np.stack([store.arrays["sources"], store.arrays["rows"]])
     begins = np.flatnonzero(np.any(np.diff(place, prepend=-1), axis=0))
-    return float(store.lengths.sum() / np.maximum.reduceat(store.lengths, begins).sum())
+    return float(tokens.sum() / np.maximum.reduceat(store.lengths, begins).sum())
 
 
 def duplicates(train: Store, validation: Store | None) -> dict[str, Any]:
@@ -187,13 +189,17 @@ def _ledger_table(name: str, counted: dict[str, Any]) -> Table:
         *((f"kept: {verdict}", f"{rows:,}") for verdict, rows in counted["verdicts"].items()),
         *dropped, *listed, *([("  bad rows in", files[account.BAD])] if bad else []),
         ("rows with turns cut", f"{counted['cut']:,}"), ("examples", f"{counted['examples']:,}"),
-        ("tokens", f"{counted['tokens']:,}" + (f" (splitting costs {counted['split_cost']:.2f} times as many as rows "
-                                               "that stay whole)" if counted["split_cost"] > 1 else "")),
+        ("tokens", f"{counted['tokens']:,}{_split(counted) if counted['split_cost'] > 1 else ''}"),
         ("supervised tokens", f"{counted['supervised_tokens']:,}"),
         ("turns whose stop token is a target",
          f"{counted['stopped_turns']:,} of {counted['turns']:,} ({counted['stop_share']:.0%})"),
         ("longest", ", ".join(f"{one['row']} ({one['tokens']:,})" for one in counted["longest"])),
     ])
+
+
+def _split(counted: dict[str, Any]) -> str:
+    return (f" (splitting costs {counted['split_cost']:.2f} times as many as rows that stay whole; "
+            f"{counted['computed_cost']:.2f} where what they begin with is computed once)")
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schoolhouse.data import packs as packing
 from schoolhouse.data import plan as plans
 from schoolhouse.data.plan import Plan
 from schoolhouse.errors import ConfigError
@@ -133,7 +135,7 @@ def test_orders_favour_no_place() -> None:
 @given(st.lists(st.integers(1, 100), max_size=60), st.integers(100, 400), st.integers(1, 5))
 def test_partition_uses_few_and_even_packs(lengths: list[int], tokens: int, ranks: int) -> None:
     """Every place once; not more packs than a plain first-fit needs and one round of ranks; packs as even as can be."""
-    packs = plans.partition(np.asarray(lengths, dtype=np.int64), tokens, ranks)
+    packs = packing.partition(np.asarray(lengths, dtype=np.int64), tokens, ranks)
     assert sorted(place for pack in packs for place in pack) == list(range(len(lengths)))
     assert len(packs) % ranks == 0
     assert len(packs) < first_fit(lengths, tokens) + 2 * ranks
@@ -175,16 +177,16 @@ def test_position_is_the_state_of_the_stream() -> None:
 def test_packs_are_balanced_by_tokens_and_patches_together(pairs: list[tuple[int, int]], ranks: int) -> None:
     """Where all fits, no pack is dearer than the mean and the dearest example; without patches nothing changes."""
     lengths, patches = (np.asarray(values, dtype=np.int64) for values in zip(*pairs, strict=True))
-    packs = plans.partition(lengths, 10_000, ranks, patches)
-    costs = lengths * (1 + lengths / plans.ATTENTION_LENGTH) + patches * plans.PATCH
+    packs = packing.partition(lengths, 10_000, ranks, patches)
+    costs = lengths * (1 + lengths / packing.ATTENTION_LENGTH) + patches * packing.PATCH
     assert sorted(one for pack in packs for one in pack) == list(range(len(lengths)))
     assert max(costs[pack].sum() for pack in packs) <= costs.sum() / ranks + costs.max() + 1e-9
-    assert plans.partition(lengths, 200, ranks) == plans.partition(lengths, 200, ranks, np.zeros_like(patches))
+    assert packing.partition(lengths, 200, ranks) == packing.partition(lengths, 200, ranks, np.zeros_like(patches))
 
 
 def test_images_and_text_are_spread_over_the_ranks() -> None:
     """Two examples of equal length, one of them with most of the work: it is alone, and the text is with the rest."""
-    packs = plans.partition(np.asarray([50, 50, 20, 20]), 200, 2, np.asarray([1000, 0, 0, 0]))
+    packs = packing.partition(np.asarray([50, 50, 20, 20]), 200, 2, np.asarray([1000, 0, 0, 0]))
     assert sorted(map(sorted, packs)) == [[0], [1, 2, 3]]
 
 
@@ -193,9 +195,9 @@ def test_images_and_text_are_spread_over_the_ranks() -> None:
 def test_no_even_filling_lasts_shorter(lengths: list[int], ranks: int, more: int) -> None:
     """Of packs as few as the even filling needs; ranks wait for one another after every round."""
     sizes, tokens = np.asarray(lengths), max(lengths) + more
-    rows = plans._Rows(sizes, sizes * (1 + sizes / plans.ATTENTION_LENGTH))
-    packs = plans.partition(sizes, tokens, ranks)
-    even = plans._evenly(rows, tokens, ranks * max(1, -(-int(sizes.sum()) // (tokens * ranks))))
+    rows = packing.alone(sizes, sizes * (1 + sizes / packing.ATTENTION_LENGTH))
+    packs = packing.partition(sizes, tokens, ranks)
+    even = packing._evenly(rows, tokens, ranks * max(1, -(-int(sizes.sum()) // (tokens * ranks))))
     assert even is None or rows.duration(packs, ranks) <= rows.duration(even, ranks) * (1 + 1e-9)
 
 
@@ -205,9 +207,9 @@ def test_long_examples_share_a_round() -> None:
     waited, even = [], []
     for _ in range(20):
         sizes = np.minimum(np.exp(random.normal(5.5, 1.2, 1024)).astype(np.int64) + 10, 8192)
-        rows = plans._Rows(sizes, sizes * (1 + sizes / plans.ATTENTION_LENGTH))
-        for packs, found in ((plans.partition(sizes, 16384, 8), waited),
-                             (plans._evenly(rows, 16384, 8 * -(-int(sizes.sum()) // (16384 * 8))), even)):
+        rows = packing.alone(sizes, sizes * (1 + sizes / packing.ATTENTION_LENGTH))
+        for packs, found in ((packing.partition(sizes, 16384, 8), waited),
+                             (packing._evenly(rows, 16384, 8 * -(-int(sizes.sum()) // (16384 * 8))), even)):
             if packs is not None:
                 spent = np.asarray([rows.costs[pack].sum() for pack in packs]).reshape(-1, 8)
                 found.append(spent.max(1).sum() / spent.mean(1).sum())
@@ -219,8 +221,8 @@ def test_long_examples_share_a_round() -> None:
 def test_no_other_rounds_of_the_same_packs_last_shorter(lengths: list[int], ranks: int, random: Any) -> None:
     """Packs of about one cost are computed side by side."""
     sizes = np.asarray(lengths)
-    rows = plans._Rows(sizes, sizes * (1 + sizes / plans.ATTENTION_LENGTH))
-    packs = plans.partition(sizes, 400, ranks)
+    rows = packing.alone(sizes, sizes * (1 + sizes / packing.ATTENTION_LENGTH))
+    packs = packing.partition(sizes, 400, ranks)
     assert rows.duration(packs, ranks) <= rows.duration(random.sample(packs, len(packs)), ranks) + 1e-6
 
 
@@ -231,9 +233,81 @@ def test_rounds_of_conversations_are_even() -> None:
     over, most = [], []
     for _ in range(20):
         sizes = np.clip(random.gamma(4, 280, 1024).astype(np.int64), 200, 3600)
-        packs = plans.partition(sizes, 3651, 32)
-        spent = np.asarray([(sizes * (1 + sizes / plans.ATTENTION_LENGTH))[pack].sum() for pack in packs])
+        packs = packing.partition(sizes, 3651, 32)
+        spent = np.asarray([(sizes * (1 + sizes / packing.ATTENTION_LENGTH))[pack].sum() for pack in packs])
         rounds = spent.reshape(-1, 32)
         over.append(rounds.max(1).sum() / rounds.mean(1).sum())
         most.append(rounds.sum(0).max() / rounds.sum(0).mean())
     assert np.mean(over) < 1.05 and np.mean(most) < 1.03
+
+
+def split_plan(seed: int, ranks: int, examples: int, shares: bool = True) -> Plan:
+    """Rows of one to six examples, each with most of the one before it in it; some share nothing."""
+    random = np.random.default_rng(seed)
+    firsts, lengths, shared = [], [], []
+    for _ in range(40):
+        firsts.append(len(lengths))
+        for place in range(int(random.integers(1, 7))):
+            before = lengths[-1] if place else 0
+            lengths.append(before + int(random.integers(5, 60)))
+            shared.append(int(before * random.choice([0, 0.9, 0.9])))
+    sizes, split = np.asarray(lengths), plans.Split(np.asarray(firsts), np.asarray(shared))
+    return Plan(sizes, sizes / 2, sizes, examples, int(sizes.max()) + 30, seed, ranks, split=split, shares=shares)
+
+
+def computed(plan: Plan, pack: tuple[int, ...]) -> int:
+    """Tokens of a pack without those that the plan counts on to be computed once."""
+    kin = [one for before, one in itertools.pairwise(pack) if one == before + 1]
+    return int(plan.lengths[list(pack)].sum() - plan.split.shared[kin].sum())
+
+
+@QUICK
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 50))
+def test_an_epoch_of_split_rows(seed: int, ranks: int, examples: int) -> None:
+    """Each example once, rows one behind the other whatever the layout, packs within what is computed at a time."""
+    plan, apart = split_plan(seed, ranks, examples), split_plan(seed, 1, examples, shares=False)
+    drawn, firsts = [], plan.split.firsts
+    for index in range(1, plan.steps_per_epoch + 1):
+        step, other = plan.step(index), apart.step(index)
+        now = sorted(one for pack in step.packs for one in pack)
+        assert now == sorted(one for pack in other.packs for one in pack), "neither layout nor student choose"
+        assert len(step.packs) % ranks == 0 and all(computed(plan, pack) <= plan.tokens for pack in step.packs)
+        assert all(int(plan.lengths[list(pack)].sum()) <= plan.tokens for pack in other.packs)
+        assert len(now) == examples or index == plan.steps_per_epoch
+        assert step.tokens == int(plan.lengths[now].sum())
+        touched = np.unique(np.searchsorted(firsts, now, side="right"))
+        whole = [row for row in touched if {*range(firsts[row - 1], [*firsts, len(plan.lengths)][row])} <= {*now}]
+        assert len(touched) - len(whole) <= 2, "a step's edges cut two rows at most"
+        drawn += now
+    assert sorted(drawn) == list(range(len(plan.lengths)))
+    every = [sorted(plans._by_rows(plan.split, seed, epoch)) for epoch in range(2)]
+    assert every[0] == every[1] == sorted(drawn)
+    assert plans._by_rows(plan.split, seed, 0).tolist() != plans._by_rows(plan.split, seed, 1).tolist()
+
+
+def test_examples_of_a_row_lie_together_where_that_is_cheaper() -> None:
+    """On one rank nearly all that is shared is saved; on ranks that wait for one another no way lasts longer."""
+    plan = split_plan(3, 1, 64)
+    packs = [pack for index in (1, 2) for pack in plan.step(index).packs]
+    chosen = [one for pack in packs for one in pack]
+    spared = plan.lengths[chosen].sum() - sum(computed(plan, pack) for pack in packs)
+    assert spared > 0.8 * plan.split.shared[chosen].sum()
+    lengths, shared = plan.lengths[:60], plan.shared(np.arange(60))
+
+    def cost(pack: list[int]) -> float:
+        return sum(packing._cost(lengths[one]) - packing._cost(shared[one]) * (one - 1 in pack) for one in pack)
+
+    for ranks in (2, 4, 8):
+        found, alone = (packing.partition(lengths, plan.tokens, ranks, None, one) for one in (shared, None))
+        lasts = [sum(packing.ROUND + max(map(cost, packs[at : at + ranks])) for at in range(0, len(packs), ranks))
+                 for packs in (found, alone)]
+        assert lasts[0] <= lasts[1] * (1 + 1e-9)
+
+
+def test_rows_that_are_not_split_are_drawn_as_ever() -> None:
+    """A store in which one row was split draws its rows by the rule of a store of as many examples."""
+    lengths = np.full(13, 10)
+    split = plans.Split(np.delete(np.arange(13), 5), np.where(np.arange(13) == 5, 9, 0))
+    found = [one if one < 5 else one - 1 for one in plans._by_rows(split, 0, 0).tolist() if one != 5]
+    assert found == FIRST_ORDER
+    assert Plan(lengths, lengths, lengths, 13, 100, 0, split=split).step(1).examples == 13

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from true_float64 import TrueFloat64
 
 from schoolhouse import train
-from schoolhouse.data import loader, plan, store
+from schoolhouse.data import loader, store
+from schoolhouse.data.packs import partition
 from schoolhouse.model import attention
 from schoolhouse.model.load import Student
 from schoolhouse.types import UNSUPERVISED, Example, Ledger, Origin, PlannedStep, Step
@@ -95,7 +96,7 @@ PACKS = {
     "unpacked": lambda rows: [[index] for index in range(len(rows))],
     "one pack": lambda rows: [list(range(len(rows)))],
     "four micro-batches": lambda rows: [list(range(start, len(rows), 4)) for start in range(4)],
-    "planned": lambda rows: plan.partition(np.asarray([len(row.input_ids) for row in rows]), 40),
+    "planned": lambda rows: partition(np.asarray([len(row.input_ids) for row in rows]), 40),
 }
 
 

@@ -25,7 +25,8 @@ from true_float64 import TrueFloat64
 
 from schoolhouse import places, train
 from schoolhouse.config import Lora, Model
-from schoolhouse.data import loader, plan
+from schoolhouse.data import loader
+from schoolhouse.data.packs import partition
 from schoolhouse.data.store import Store
 from schoolhouse.model import blocks, fourbit, load
 from schoolhouse.model.load import Student
@@ -76,7 +77,7 @@ def rows(kind: str) -> list[Example]:
 
 def step_of(stored: Store, mesh: Mesh, kind: str, tokens: int = 100) -> Step:
     """This rank's part of one step over all rows of a store; of `silent` rows all that teach go to data rank 0."""
-    packs = plan.partition(stored.lengths, tokens, mesh.data_ranks)
+    packs = partition(stored.lengths, tokens, mesh.data_ranks)
     if kind == "silent":
         spoken, silent = ([int(one) for one in np.flatnonzero(chosen)] for chosen in
                           (stored.supervised > 0, stored.supervised == 0))

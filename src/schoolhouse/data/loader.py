@@ -16,15 +16,13 @@ import torch
 from schoolhouse.data import ahead, shared_prefixes
 from schoolhouse.data.ahead import WHOLE, Share
 from schoolhouse.data.plan import Plan
+from schoolhouse.data.shared_prefixes import WORTH
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.shares import share_out
 from schoolhouse.types import MicroBatch, Shared, Step, Vision
 
 Held = TypeVar("Held", MicroBatch, Vision, Shared)
-WORTH = 0.02
-"""The share of a micro-batch's tokens that must stand in others, for these to be computed once: finding them again in
-attention costs about as much, measured on a processor. What the plan counts on is always computed once."""
 
 
 def steps(
@@ -102,14 +100,39 @@ def _host_batch(
         pack=tuple(pack),
         supervised=float(store.supervised[list(pack)].sum()),
         vision=None if sight is None else _vision(store, pack, sight, seen, degree),
-        shared=None if sight is not None or len(pack) == 1 else shared(parts[0], parts[2]),
+        shared=None if sight is not None or len(pack) == 1 else shared(parts[0], parts[2], _follows(store, pack)),
     )
 
 
-def shared(ids: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> Shared | None:
-    """What examples begin with as others do; None where that is less than is `WORTH` it."""
+def as_planned(store: Store, micro: MicroBatch) -> MicroBatch:
+    """The micro-batch with nothing computed once but what the plan counts on: the heaviest that it may be."""
+    if micro.shared is None:
+        return micro
+    ids, _, weights = zip(*map(store.tokens, micro.pack), strict=True)
+    planned = _shared(shared_prefixes.in_turn(ids, weights, _follows(store, micro.pack)), weights)
+    return placed(replace(micro, shared=planned), micro.input_ids.device)
+
+
+def _follows(store: Store, pack: Sequence[int]) -> list[bool]:
+    """Whether each example of a pack has been counted on to share what it begins with with the one before it."""
+    return [bool(store.shared[one]) and before == one - 1 for before, one in itertools.pairwise((-2, *pack))]
+
+
+def shared(
+    ids: Sequence[np.ndarray], weights: Sequence[np.ndarray], follows: Sequence[bool] = ()
+) -> Shared | None:
+    """What examples begin with as others do, no less than by each with the one it `follows`; None where that is less
+    than is `WORTH` it and none follows."""
     found = shared_prefixes.anywhere(ids, weights)
-    if found.left_out < WORTH * len(found.sources):
+    if any(follows):
+        found = max(found, shared_prefixes.in_turn(ids, weights, follows), key=lambda one: one.left_out)
+        return _shared(found, weights)
+    return _shared(found, weights) if found.left_out >= WORTH * len(found.sources) else None
+
+
+def _shared(found: shared_prefixes.Found, weights: Sequence[np.ndarray]) -> Shared | None:
+    """What was found, for a model; None for nothing."""
+    if not found.left_out:
         return None
     kept = found.sources == np.arange(len(found.sources))
     places = (kept.cumsum() - 1)[found.sources]

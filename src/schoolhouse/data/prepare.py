@@ -28,8 +28,8 @@ from schoolhouse.data.served import Rules, Serving
 from schoolhouse.errors import ConfigError, DataError
 from schoolhouse.types import Conversation, Origin, Picture, Turn
 
-VERSION = 2
-"""Raise it when the same row would become other tokens: it is part of every store's fingerprint."""
+VERSION = 3
+"""Raise it when the same row would become other tokens, or a store other files: it is part of every fingerprint."""
 CHUNK = 256
 """Rows that travel to a worker together."""
 SMALL = 2048

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from schoolhouse.data import shared_prefixes
 from schoolhouse.errors import CheckpointError
 from schoolhouse.types import Example, Ledger, Origin, Picture
 
 ARRAYS: Mapping[str, Any] = {
     "input_ids": np.int32, "labels": np.int32, "weights": np.float32,
     "lengths": np.int64, "rows": np.int64, "sources": np.int32,
-    "supervised": np.float64, "supervised_tokens": np.int64, "images": np.int64,
+    "supervised": np.float64, "supervised_tokens": np.int64, "images": np.int64, "shared": np.int64,
 }
 """The type of each file's values."""
 PER_TOKEN = ("input_ids", "labels", "weights")
@@ -121,6 +123,11 @@ class Store:
         return self.arrays["lengths"]
 
     @property
+    def shared(self) -> np.ndarray:
+        """i64[examples]: the tokens that each begins with as the example before it does, where both are of one row."""
+        return self.arrays["shared"]
+
+    @property
     def supervised(self) -> np.ndarray:
         """f64[examples]: the sum of weights of each example."""
         return self.arrays["supervised"]
@@ -141,12 +148,23 @@ def to_arrays(examples: Sequence[Example], source_names: Sequence[str]) -> Array
         "supervised": [example.weights.sum(dtype=np.float64) for example in examples],
         "supervised_tokens": [example.supervised for example in examples],
         "images": [len(example.vision) for example in examples],
+        "shared": _shared(examples),
     }
     arrays = {name: np.asarray(values, dtype=ARRAYS[name]) for name, values in columns.items()}
     for name in PER_TOKEN:
         values = [getattr(example, name) for example in examples]
         arrays[name] = np.concatenate(values) if values else np.zeros(0, dtype=ARRAYS[name])
     return arrays
+
+
+def _shared(examples: Sequence[Example]) -> list[int]:
+    """The tokens that each example begins with as the one before it in its row does."""
+    found: list[int] = []
+    for _, row in itertools.groupby(examples, key=lambda example: example.origin):
+        parts = list(row)
+        ids, weights = ([getattr(one, name) for one in parts] for name in ("input_ids", "weights"))
+        found += shared_prefixes.of_row(ids, weights)
+    return found
 
 
 class Writer:
