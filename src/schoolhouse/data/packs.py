@@ -71,7 +71,8 @@ def _best(parts: Units, tokens: int, ranks: int) -> list[list[int]]:
             tight = _tightly(parts, tokens, rounds * ranks)
             found = [] if tight is None else [tight]
         if found:
-            return min((parts.in_rounds(packs, ranks) for packs in found), key=lambda packs: parts.duration(packs, ranks))
+            ways = (parts.in_rounds(packs, ranks) for packs in found)
+            return min(ways, key=lambda packs: parts.duration(packs, ranks))
     raise AssertionError("one example a pack fits")
 
 
