@@ -205,13 +205,13 @@ def heaviest(plan: Plan, units: Units, weights: np.ndarray) -> tuple[int, ...]:
     the longest."""
     pack: list[int] = []
     tokens, shortest = plan.tokens, units.lengths.min()
-    sums = np.add.reduceat(weights, np.cumsum([0, *map(len, units.members)])[:-1])
+    sums = np.add.reduceat(weights, units.starts[:-1])
     for unit in np.lexsort((-units.lengths, -sums)):
         if len(pack) == plan.examples or tokens < shortest:
             break
-        members = units.members[unit]
-        if units.lengths[unit] <= tokens and len(pack) + len(members) <= plan.examples:
-            pack += members
+        places = units.places(unit)
+        if units.lengths[unit] <= tokens and len(pack) + len(places) <= plan.examples:
+            pack += places
             tokens -= int(units.lengths[unit])
     return tuple(pack)
 

@@ -92,16 +92,17 @@ def compute_gradient(student: Student, step: Step, seed: int) -> tuple[float, in
     What the plan promised must be what met the vocabulary: a token lost or counted twice on the way stops the run.
     """
     mesh = student.mesh
-    sums = torch.zeros(6, dtype=torch.float64, device=student.device)
+    sums, spared = torch.zeros(4, dtype=torch.float64, device=student.device), []
     for micro in step.micro_batches:
         torch.manual_seed(_key(seed, step.index, micro.pack, mesh.ulysses_rank))
         fsdp.expect(student, last=micro is step.micro_batches[-1])
         loss = student.loss(micro, Drawn(seed, step.index), step.supervised)
         loss.backward()
-        spared = np.asarray(loss.spared, dtype=np.int64)
-        counts = torch.tensor([loss.tokens, spared.sum(), student.work.of_step(spared, 0)], dtype=sums.dtype)
-        sums += torch.cat([torch.stack([loss.nll.detach(), loss.correct, loss.supervised]), counts.to(sums.device)])
-    nll, correct, weight, delivered, tokens, operations = mesh.sum(sums).tolist()
+        sums += torch.stack([loss.nll.detach(), loss.correct, loss.supervised, torch.full_like(sums[0], loss.tokens)])
+        spared += loss.spared
+    begins = np.asarray(spared, dtype=np.int64)
+    left_out = sums.new_tensor([begins.sum(), student.work.of_step(begins, 0)])
+    nll, correct, weight, delivered, tokens, operations = mesh.sum(torch.cat([sums, left_out])).tolist()
     promised = step.planned.supervised_tokens
     assert delivered == promised, f"step {step.index}: {promised} targets were promised, {delivered:.0f} met the loss"
     assert math.isclose(weight, step.supervised, rel_tol=1e-9), f"step {step.index}: weight {weight}"

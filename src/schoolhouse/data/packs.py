@@ -51,7 +51,7 @@ def partition(
             every.append(units(lengths, costs, shared, tokens, level=every[0].costs.sum() / (FEW * ranks)))
     found = [(one, _best(one, tokens, ranks)) for one in every]
     chosen, packs = min(found, key=lambda one: one[0].duration(one[1], ranks))
-    return [[place for unit in pack for place in chosen.members[unit]] for pack in packs]
+    return [[place for unit in pack for place in chosen.places(unit)] for pack in packs]
 
 
 def _cost(lengths: np.ndarray) -> np.ndarray:
@@ -80,12 +80,16 @@ def _best(parts: Units, tokens: int, ranks: int) -> list[list[int]]:
 class Units:
     """What stays together: an example, or several of a row, one behind the other."""
 
-    members: list[list[int]]
-    """The places of each unit."""
+    starts: np.ndarray
+    """i64[units + 1]: offsets of the places of each unit."""
     lengths: np.ndarray
     """i64[units]: tokens that are computed."""
     costs: np.ndarray
     """f64[units]"""
+
+    def places(self, unit: int) -> range:
+        """The places of a unit."""
+        return range(int(self.starts[unit]), int(self.starts[unit + 1]))
 
     def in_rounds(self, packs: list[list[int]], ranks: int) -> list[list[int]]:
         """The packs in rounds of about one cost, dearest first; and each rank's total about the same, as every second
@@ -102,7 +106,7 @@ class Units:
 
 def alone(lengths: np.ndarray, costs: np.ndarray) -> Units:
     """Each place by itself."""
-    return Units([[place] for place in range(len(lengths))], lengths, costs)
+    return Units(np.arange(len(lengths) + 1), lengths, costs)
 
 
 def units(
@@ -111,20 +115,20 @@ def units(
 ) -> Units:
     """Each place with the one before it where it shares something with that: up to so many tokens that are computed, a
     cost of `level`, and `most` places."""
-    members: list[list[int]] = []
-    own, left_out = [lengths.tolist(), costs.tolist()], [shared.tolist(), _cost(shared).tolist()]
-    filled: list[list[float]] = [[], []]
-    for place, (length, cost, less, cheaper) in enumerate(zip(*own, *left_out, strict=True)):
-        if less and members and len(members[-1]) != most and filled[0][-1] + length - less <= tokens \
-                and filled[1][-1] + cost - cheaper <= level:
-            members[-1].append(place)
-            filled[0][-1] += length - less
-            filled[1][-1] += cost - cheaper
+    starts: list[int] = []
+    computed: list[int] = []
+    spent: list[float] = []
+    columns = (lengths, costs, lengths - shared, costs - _cost(shared))
+    for place, (length, cost, rest, rest_cost) in enumerate(zip(*(one.tolist() for one in columns), strict=True)):
+        fits = rest < length and starts and place - starts[-1] != most
+        if fits and computed[-1] + rest <= tokens and spent[-1] + rest_cost <= level:
+            computed[-1] += rest
+            spent[-1] += rest_cost
         else:
-            members.append([place])
-            filled[0].append(length)
-            filled[1].append(cost)
-    return Units(members, np.asarray(filled[0], dtype=np.int64), np.asarray(filled[1]))
+            starts.append(place)
+            computed.append(length)
+            spent.append(cost)
+    return Units(np.asarray([*starts, len(lengths)]), np.asarray(computed), np.asarray(spent))
 
 
 def _evenly(parts: Units, tokens: int, number: int) -> list[list[int]] | None:
