@@ -64,7 +64,7 @@ def measure(path: Path, settings: list[str]) -> dict[str, Any]:
     plan = plans.plan(store, recipe, shares=seeing is None)
     pack = fitting.heaviest_packs(plan, store.largest_image)[0]
     seen = next(iter(loader.pixels(store, iter([pack]), seeing, len(pack), CPU)))
-    micro = loader.as_planned(store, loader.micro_batch(store, pack, CPU, seeing, seen))
+    micro = dataclasses.replace(loader.micro_batch(store, pack, CPU, seeing, seen), shared=None)
     foreseen = estimate.memory(recipe, directory) or {}
     attention.register()
     ahead = _saved_on_meta(recipe, directory, micro)

@@ -74,26 +74,50 @@ def test_packs_hold_what_is_computed_at_a_time(page: Path, store: Store, ranks: 
     assert max(whole) > TOKENS
 
 
-def heaviest(store: Store, plan: Plan) -> list[tuple[int, int]]:
-    """Tokens that are computed, and all, of the packs that are rehearsed."""
-    found = []
-    for pack in fitting.heaviest_packs(plan, store.largest_image):
+def weight(plan: Plan, pack: tuple[int, ...], *, together: bool = True) -> tuple[int, int, int]:
+    """Tokens of a pack that are computed, by what the plan counts on; all; and supervised ones."""
+    chosen = np.asarray(pack)
+    spared = plan.shared(chosen).sum() if together else 0
+    return tuple(int(one) for one in (plan.lengths[chosen].sum() - spared, plan.lengths[chosen].sum(),
+                                      plan.supervised_tokens[chosen].sum()))
+
+
+def rows_of(number: int, lengths: list[int], shared: list[int], examples: int, tokens: int) -> Plan:
+    """Many rows that were split alike; every example has a hundred targets."""
+    sizes, split = np.tile(lengths, number), plans.Split(np.arange(number) * len(lengths), np.tile(shared, number))
+    return Plan(sizes, np.ones(len(sizes)), np.full(len(sizes), 100), examples, tokens, 0, split=split)
+
+
+HISTORY = [0, *range(300, 6000, 300)]
+PLANS = {
+    "rows longer than what fits": rows_of(40, [600, 900, 1200, 1500, 1800], HISTORY[:5], 8, 6400),
+    "rows of more examples than a step": rows_of(40, [one + 300 for one in HISTORY], HISTORY, 8, 13000),
+    "longer thoughts earlier": rows_of(10, [4000, 3900], [0, 3000], 16, 8000),
+    "short beside long": rows_of(30, [100, 3000, 3050, 3100], [0, 60, 2990, 3040], 10, 3600),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_f14_no_step_is_heavier_than_what_is_rehearsed(name: str) -> None:
+    """Of what is computed, attended to and supervised; examples share nothing but where they lie together."""
+    plan = PLANS[name]
+    none = np.zeros(len(plan.lengths))
+    rehearsed = [weight(plan, pack, together=False) for pack in fitting.heaviest_packs(plan, none)]
+    rehearsed += [weight(plan, pack) for pack in fitting.heaviest_together(plan)]
+    met = [weight(plan, pack) for index in range(1, 4 * plan.steps_per_epoch) for pack in plan.step(index).packs]
+    assert all(computed <= plan.tokens for computed, *_ in rehearsed + met)
+    for kind in range(3):
+        assert max(one[kind] for one in rehearsed) >= 0.95 * max(one[kind] for one in met), (kind, "filled in turn")
+
+
+def test_what_is_rehearsed_is_what_was_chosen(page: Path, store: Store) -> None:
+    """Examples apart share nothing, even where they stand one behind the other; those together what is planned."""
+    plan, met = plans.plan(store, recipes.read(page)), []
+    for pack in fitting.heaviest_together(plan):
         micro = loader.as_planned(store, loader.micro_batch(store, pack, torch.device("cpu")))
-        found.append((len(micro.shared.kept) if micro.shared else micro.boundaries[-1], micro.boundaries[-1]))
-    return found
-
-
-def test_f14_no_step_attends_to_more_or_computes_more_than_is_rehearsed(page: Path, store: Store) -> None:
-    plan = plans.plan(store, recipes.read(page))
-    rehearsed, met = heaviest(store, plan), []
-    for index in range(1, 3 * plan.steps_per_epoch):
-        for pack in plan.step(index).packs:
-            micro = loader.micro_batch(store, pack, torch.device("cpu"))
-            met.append((len(micro.shared.kept) if micro.shared else micro.boundaries[-1], micro.boundaries[-1]))
-    shortest = int(store.lengths.min())
-    assert max(computed for computed, _ in rehearsed) > TOKENS - shortest
-    assert all(computed <= TOKENS for computed, _ in rehearsed + met)
-    assert max(whole for _, whole in rehearsed) >= 0.95 * max(whole for _, whole in met), "filled one after another"
+        assert (len(micro.shared.kept), micro.boundaries[-1]) == weight(plan, pack)[:2]
+        met.append(len(micro.shared.kept))
+    assert TOKENS - int(store.lengths.min()) < max(met) <= TOKENS
 
 
 def test_a_run_computes_little_more_than_its_rows(page: Path, cache: Path) -> None:

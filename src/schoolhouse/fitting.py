@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from schoolhouse import memory
-from schoolhouse.data import loader, packs
-from schoolhouse.data.packs import Units
+from schoolhouse.data import loader
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
@@ -58,20 +57,23 @@ class Rehearsal:
         Freed memory is given back before and after, so that neither a smaller try nor training meets its splinters.
         """
         memory.give_back(self.student.device)
-        for pack in heaviest_packs(plan, self.store.largest_image):
+        packs = [(pack, False) for pack in heaviest_packs(plan, self.store.largest_image)]
+        packs += [(pack, True) for pack in heaviest_together(plan)]
+        for pack, together in packs:
             with _refused_memory(), memory.capped(self.student.device):
                 try:
-                    self._update(pack)
+                    self._update(pack, together)
                 finally:
                     self.optimizer.begin_again()
         memory.give_back(self.student.device)
 
-    def _update(self, pack: Sequence[int]) -> None:
+    def _update(self, pack: Sequence[int], together: bool) -> None:
+        """An update with a pack: of examples that share nothing, or what the plan counts on where they are together."""
         student = self.student
         share = student.mesh.seat
         seen = next(iter(loader.pixels(self.store, iter([pack]), self.sight, len(pack), student.device, share)))
         micro = loader.micro_batch(self.store, pack, student.device, self.sight, seen, share[1])
-        micro = loader.as_planned(self.store, micro)
+        micro = loader.as_planned(self.store, micro) if together else dataclasses.replace(micro, shared=None)
         fsdp.expect(student, last=True)
         student.loss(micro, Drawn(0, 0), micro.supervised).backward()
         self.optimizer.clip()
@@ -132,18 +134,13 @@ def _growth(plan: Plan, larger: Plan, images: np.ndarray) -> float:
     kinds = [plan.lengths, plan.supervised_tokens]
     if plan.patches is not None and plan.patches.any():
         kinds.append(plan.patches)
-    both = [heaviest_packs(one, images) for one in (plan, larger)]
-    most = [[max(int(kind[list(pack)].sum()) for pack in found) for kind in kinds] for found in both]
-    for sizes, found in zip(most, both, strict=True):
-        sizes.append(max(_computed(plan, pack) for pack in found))
+    most = []
+    for one in (plan, larger):
+        apart, together = heaviest_packs(one, images), heaviest_together(one)
+        sizes = [max(int(kind[list(pack)].sum()) for pack in apart + together) for kind in kinds]
+        computed = [int(plan.lengths[list(pack)].sum() - plan.shared(np.asarray(pack)).sum()) for pack in together]
+        most.append([*sizes, max([*computed, *(int(plan.lengths[list(pack)].sum()) for pack in apart)])])
     return max(after / before for before, after in zip(*most, strict=True))
-
-
-def _computed(plan: Plan, pack: Sequence[int]) -> int:
-    """Tokens of a pack that are computed, by what the plan counts on."""
-    chosen = np.asarray(pack)
-    shared = plan.shared(chosen)
-    return int(plan.lengths[chosen].sum() - (0 if shared is None else shared.sum()))
 
 
 def _all_have_room(student: Student, held: int | None, ratio: float) -> bool:
@@ -182,38 +179,74 @@ def _sizes(smallest: int, enough: int) -> Iterator[int]:
 def heaviest_packs(plan: Plan, images: np.ndarray) -> list[tuple[int, ...]]:
     """The heaviest pack of tokens that a step can hold, of supervised ones, and of patches, of each class of images.
 
-    Where examples of a row are computed together: of those apart, and of those together, by the tokens attended to.
     `images` i64[examples] are the patches of each one's largest image; sizes less than a doubling apart are a class. A
     pack of one large image and one of many small ones take their memory in other pieces, and in other layers.
     """
-    every = np.arange(len(plan.lengths))
-    apart = packs.alone(plan.lengths, plan.lengths)
-    kinds = [(apart, plan.lengths), (apart, plan.supervised_tokens)]
-    shared = plan.shared(every)
-    if shared is not None:
-        together = packs.units(plan.lengths, plan.lengths, shared, plan.tokens, most=plan.examples)
-        kinds += [(together, plan.lengths), (together, plan.supervised_tokens)]
+    found = [heaviest(plan, plan.lengths), heaviest(plan, plan.supervised_tokens)]
     if plan.patches is not None and plan.patches.any():
         classes = np.frexp(images)[1]
-        kinds.append((apart, plan.patches))
-        kinds += [(apart, np.where(classes == one, plan.patches, 0)) for one in np.unique(classes[images > 0])]
-    return list(dict.fromkeys(heaviest(plan, *kind) for kind in kinds))
+        found.append(heaviest(plan, plan.patches))
+        found += [heaviest(plan, np.where(classes == one, plan.patches, 0)) for one in np.unique(classes[images > 0])]
+    return list(dict.fromkeys(found))
 
 
-def heaviest(plan: Plan, units: Units, weights: np.ndarray) -> tuple[int, ...]:
-    """The heaviest unit, by weights of examples, then each next heaviest that finds room in `batch.tokens`; of equals,
-    the longest."""
+def heaviest(plan: Plan, weights: np.ndarray) -> tuple[int, ...]:
+    """The heaviest example, then each next heaviest that finds room in `batch.tokens`; of equals, the longest."""
     pack: list[int] = []
-    tokens, shortest = plan.tokens, units.lengths.min()
-    sums = np.add.reduceat(weights, units.starts[:-1])
-    for unit in np.lexsort((-units.lengths, -sums)):
+    tokens, shortest = plan.tokens, plan.lengths.min()
+    for index in np.lexsort((-plan.lengths, -weights)):
         if len(pack) == plan.examples or tokens < shortest:
             break
-        places = units.places(unit)
-        if units.lengths[unit] <= tokens and len(pack) + len(places) <= plan.examples:
-            pack += places
-            tokens -= int(units.lengths[unit])
+        if plan.lengths[index] <= tokens:
+            pack.append(int(index))
+            tokens -= int(plan.lengths[index])
     return tuple(pack)
+
+
+def heaviest_together(plan: Plan) -> list[tuple[int, ...]]:
+    """The heaviest packs of rows whose examples are computed together: of tokens that are attended to, which are more
+    than those computed, and of supervised ones. A step begins and ends anywhere in a row, and its last examples are
+    the longest: rows are taken from their ends, in the order of what they weigh, in all and for each token computed.
+    """
+    shared = plan.shared(np.arange(len(plan.lengths)))
+    if shared is None:
+        return []
+    kinds, ends = (plan.lengths, plan.supervised_tokens), np.append(np.flatnonzero(shared == 0)[1:], len(shared))
+    rows = [_from_its_end(plan, shared, int(end), plan.tokens, plan.examples) for end in ends]
+    spent = np.asarray([computed for _, computed in rows], dtype=float)
+    found = []
+    for kind in kinds:
+        weights = np.asarray([kind[list(places)].sum() for places, _ in rows], dtype=float)
+        found += [_heaviest_rows(plan, shared, ends[np.argsort(-one, kind="stable")])
+                  for one in (weights, weights / np.maximum(spent, 1))]
+    return list(dict.fromkeys(found))
+
+
+def _heaviest_rows(plan: Plan, shared: np.ndarray, ends: Sequence[int]) -> tuple[int, ...]:
+    """Of each row in turn, by where its examples end, as many of its last ones as find room."""
+    pack: list[int] = []
+    tokens, shortest = plan.tokens, plan.lengths.min()
+    for end in ends:
+        if len(pack) == plan.examples or tokens < shortest:
+            break
+        places, computed = _from_its_end(plan, shared, int(end), tokens, plan.examples - len(pack))
+        pack += places
+        tokens -= computed
+    return tuple(pack)
+
+
+def _from_its_end(plan: Plan, shared: np.ndarray, end: int, tokens: int, examples: int) -> tuple[range, int]:
+    """The last examples before `end` of one row, at most so many, of at most so many tokens that are computed; and how
+    many are. The first of them is computed whole."""
+    first, computed = end, 0
+    while end - first < examples:
+        more = int(plan.lengths[first - 1]) - (int(shared[first]) if first < end else 0)
+        if computed + more > tokens:
+            break
+        first, computed = first - 1, computed + more
+        if not shared[first]:
+            break
+    return range(first, end), computed
 
 
 def _what_fits(rehearsal: Rehearsal, plan: Plan) -> int | None:

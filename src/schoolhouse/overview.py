@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from schoolhouse.data import plan as plans
 from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
+from schoolhouse.model import shared_prefixes
 from schoolhouse.screen import Screen
 from schoolhouse.types import Conversation, EncodedRow, Example
 
@@ -32,10 +34,11 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
     """Prepare all sources of a recipe and describe them; what `check --json` prints."""
     train, validation = stores(recipe, serving, screen)
     model = served.load(serving)
-    plan = plans.plan(train, recipe, shares=model.sight is None)
+    shares = _shares(recipe, model, serving.directory)
+    plan = plans.plan(train, recipe, shares=shares)
     return {
-        "train": ledger(train),
-        "validation": ledger(validation) if validation else None,
+        "train": ledger(train, shares=shares),
+        "validation": ledger(validation, shares=shares) if validation else None,
         "duplicates": duplicates(train, validation),
         "steps": recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch,
         "steps_per_epoch": plan.steps_per_epoch,
@@ -55,15 +58,16 @@ def stores(recipe: Recipe, serving: Serving, screen: Screen) -> tuple[Store, Sto
     return found["train"], found.get("validation")
 
 
-def ledger(store: Store) -> dict[str, Any]:
-    """The ledger of a store with what follows from it: kept rows, the share of stopped turns, lengths, costs."""
-    counted = store.ledger
+def ledger(store: Store, *, shares: bool) -> dict[str, Any]:
+    """The ledger of a store with what follows from it: kept rows, the share of stopped turns, lengths, costs, for a
+    student that `shares` what examples begin with, or not."""
+    counted, computed = store.ledger, store.lengths - store.shared if shares else store.lengths
     counts, edges = np.histogram(store.lengths, bins=min(20, int(store.lengths.max())))
     longest = np.argsort(-store.lengths, kind="stable")[:LONGEST]
     return {
         **dataclasses.asdict(counted), "kept": counted.kept, "stop_share": counted.stopped_turns / counted.turns,
-        "split_cost": split_cost(store, store.lengths),
-        "computed_cost": split_cost(store, store.lengths - store.shared), "fingerprint": store.fingerprint,
+        "split_cost": split_cost(store, store.lengths), "computed_cost": split_cost(store, computed),
+        "fingerprint": store.fingerprint,
         "lengths": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
         "longest": [{"row": str(store[int(one)].origin), "tokens": int(store.lengths[one])} for one in longest],
         "files": {name: str(store.directory / name) for name in (account.DROPPED, account.BAD)},
@@ -71,7 +75,7 @@ def ledger(store: Store) -> dict[str, Any]:
 
 
 def split_cost(store: Store, tokens: np.ndarray) -> float:
-    """How many times as many are these tokens of examples as if no row were split: 1 where each row is one example."""
+    """How many times as many these tokens of examples, i64[examples], are as if no row were split."""
     place = np.stack([store.arrays["sources"], store.arrays["rows"]])
     begins = np.flatnonzero(np.any(np.diff(place, prepend=-1), axis=0))
     return float(tokens.sum() / np.maximum.reduceat(store.lengths, begins).sum())
@@ -198,8 +202,17 @@ def _ledger_table(name: str, counted: dict[str, Any]) -> Table:
 
 
 def _split(counted: dict[str, Any]) -> str:
-    return (f" (splitting costs {counted['split_cost']:.2f} times as many as rows that stay whole; "
-            f"{counted['computed_cost']:.2f} where what they begin with is computed once)")
+    once = "" if counted["computed_cost"] == counted["split_cost"] else (
+        f"; {counted['computed_cost']:.2f} where what they begin with is computed once")
+    return f" (splitting costs {counted['split_cost']:.2f} times as many as rows that stay whole{once})"
+
+
+def _shares(recipe: Recipe, model: Served, directory: Path) -> bool:
+    """Whether what examples begin with will be computed once, as far as it can be told without weights and device."""
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    drawn = recipe.train.neftune or recipe.train.balance or (recipe.lora is not None and recipe.lora.dropout)
+    known = settings.get("model_type") in shared_prefixes.KNOWN and not shared_prefixes.drops(settings)
+    return known and model.sight is None and not drawn
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> Table:

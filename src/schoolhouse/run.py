@@ -273,8 +273,8 @@ def _describe(run: Run, recipe: Recipe, rules: served.Rules) -> None:
     run.record.write("run.json", run.info)
     run.record.write_text("resolved.yaml", recipes.dump(recipe))
     run.record.write("data.json", {
-        "train": overview.ledger(run.store),
-        "validation": overview.ledger(run.validation) if run.validation else None,
+        "train": overview.ledger(run.store, shares=run.plan.shares),
+        "validation": overview.ledger(run.validation, shares=run.plan.shares) if run.validation else None,
     })
     for name in (account.DROPPED, account.BAD):
         run.record.write_text(name, (run.store.directory / name).read_text(encoding="utf-8"))

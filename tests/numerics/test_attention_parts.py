@@ -60,6 +60,6 @@ def test_nothing_grows_with_the_square_of_the_length(rule: Rule, monkeypatch: py
     monkeypatch.setattr(attention, "SCORES", 1 << 16)
     states = [torch.randn(1, HEADS, LENGTH, 8, requires_grad=True) for _ in range(3)]
     with Calls() as calls:
-        attention._of_group(*states, Group(1, range(LENGTH)), rule).sum().backward()
+        attention._of_group(*states, Group(1, range(LENGTH)), rule, {}).sum().backward()
     assert 0 < calls.largest < LENGTH * LENGTH * HEADS / 4
     assert all(bool(one.grad.any()) for one in states)

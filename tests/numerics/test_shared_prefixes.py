@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from test_families import adapters, student
 from test_invariance import a_step, check_equal, example
 from test_varlen import flash
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse import train
 from schoolhouse.config import Lora
 from schoolhouse.data import shared_prefixes as shared
-from schoolhouse.model import attention, layouts, varlen
+from schoolhouse.errors import ModelError
+from schoolhouse.model import attention, blocks, layouts, load, varlen
 from schoolhouse.model import shared_prefixes as folding
+from schoolhouse.model.load import Student
 from schoolhouse.model.teaching import Teaching
 from schoolhouse.starter import miniatures
 from schoolhouse.types import UNSUPERVISED, Example, Origin
@@ -165,6 +168,38 @@ def test_dropout_and_unknown_models_keep_examples_apart() -> None:
 
 def test_what_is_known_is_compared_with_plain_loops() -> None:
     assert {*miniatures.ARCHITECTURES} == folding.KNOWN
+
+
+@pytest.mark.parametrize("layers", [
+    ["conv", "full_attention"], ["full_attention", "conv"], ["conv", "full_attention", "conv"],
+])
+def test_what_leaks_into_the_first_tokens_of_an_example_is_refused(layers: list[str]) -> None:
+    """Short convolutions see the two tokens before: in a pack those of another example, which the proof has to see
+    though its examples begin alike."""
+    attention.register()
+    sizes = {"vocab_size": 997, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = AutoConfig.for_model("lfm2", **sizes, num_hidden_layers=len(layers), layer_types=layers, conv_L_cache=3)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    with pytest.raises(ModelError, match="cannot be trained packed"):
+        load.prove(Student(model))
+
+
+@pytest.mark.parametrize("how", [{}, {"keep_attention": True}], ids=["again", "but attention"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_recomputed_blocks_give_the_same_bits(family: str, how: dict[str, bool]) -> None:
+    rows, found = branches(5), []
+    for again in (False, True):
+        one = student(family)
+        if again:
+            blocks.compute_again(one.model, **how)
+        train.compute_gradient(one, a_step(rows, whole(rows)), seed=0)
+        found.append([each.grad for each in one.model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_little_in_common_is_not_looked_for() -> None:

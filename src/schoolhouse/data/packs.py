@@ -110,18 +110,16 @@ def alone(lengths: np.ndarray, costs: np.ndarray) -> Units:
 
 
 def units(
-    lengths: np.ndarray, costs: np.ndarray, shared: np.ndarray, tokens: int, *, level: float = np.inf,
-    most: int | None = None,
+    lengths: np.ndarray, costs: np.ndarray, shared: np.ndarray, tokens: int, *, level: float = np.inf
 ) -> Units:
-    """Each place with the one before it where it shares something with that: up to so many tokens that are computed, a
-    cost of `level`, and `most` places."""
+    """Each place with the one before it where it shares something with that, up to so many tokens that are computed and
+    a cost of `level`."""
     starts: list[int] = []
     computed: list[int] = []
     spent: list[float] = []
     columns = (lengths, costs, lengths - shared, costs - _cost(shared))
     for place, (length, cost, rest, rest_cost) in enumerate(zip(*(one.tolist() for one in columns), strict=True)):
-        fits = rest < length and starts and place - starts[-1] != most
-        if fits and computed[-1] + rest <= tokens and spent[-1] + rest_cost <= level:
+        if rest < length and starts and computed[-1] + rest <= tokens and spent[-1] + rest_cost <= level:
             computed[-1] += rest
             spent[-1] += rest_cost
         else:

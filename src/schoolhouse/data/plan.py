@@ -75,7 +75,6 @@ class Plan:
             supervised=float(self.supervised[chosen].sum()),
         )
 
-
     def shared(self, chosen: np.ndarray) -> np.ndarray | None:
         """i64: tokens of each of these examples, in this order, that are computed in the one before it; None for none.
         """

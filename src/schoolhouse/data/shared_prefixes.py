@@ -33,8 +33,8 @@ class Found:
 
 
 def anywhere(ids: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> Found:
-    """The most that examples can share: each, in the order of their tokens as words of a dictionary, with the one
-    before it."""
+    """What each example shares with the one before it in the order of their tokens, as words stand in a dictionary: the
+    most that there is, but for targets that part them."""
     order = sorted(range(len(ids)), key=lambda one: ids[one].astype(">u4").tobytes())
     return _along(ids, weights, order, [True] * len(order))
 

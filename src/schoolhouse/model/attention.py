@@ -27,6 +27,9 @@ ROWS = 512
 SCORES = 1 << 26
 """The most scores that are written out at once."""
 
+Masks = dict[int | None, torch.Tensor]
+"""Of `Layout.masks`."""
+
 
 def register() -> None:
     """Make both attentions known to transformers under their names."""
@@ -100,15 +103,16 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout:
     outputs = []
     for group, *parts in zip(layout.groups, queries, keys, values, strict=True):
         states = (one.unflatten(0, (group.examples, -1)).transpose(1, 2) for one in parts)
-        outputs.append(_of_group(*states, group, rule).transpose(1, 2).flatten(0, 1))
+        outputs.append(_of_group(*states, group, rule, layout.masks).transpose(1, 2).flatten(0, 1))
     return _FromGroups.apply(torch.cat(outputs), layout.queries)
 
 
 def _of_group(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Group, rule: Rule
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Group, rule: Rule, masks: Masks
 ) -> torch.Tensor:
     """Attention of a group, queries [E, H, Q, K] to keys [E, H', T, K], so many queries at a time that memory grows
-    with T, not Q x T (but for pairs that are together, which are marked one by one).
+    with T, not Q x T (but for pairs that are together, which are marked one by one, and marks of rests of examples on
+    an accelerator without kernels of any length).
 
     Behind a window, keys that none of these queries reaches are not looked at.
     """
@@ -130,17 +134,33 @@ def _of_group(
         keys = range(max(0, first - window + 1) if window else 0, queries.stop if together is None else asked.stop)
         part = query[:, :, first - asked.start : queries.stop - asked.start]
         states = (one[:, :, keys.start : keys.stop] for one in (key, value))
-        outputs.append(attend(part, *states, queries, keys, window, together, rule))
+        outputs.append(attend(part, *states, queries, keys, window, together, rule, masks))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
 def _masked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: range, keys: range, window: int | None,
-    together: torch.Tensor | None, rule: Rule,
+    together: torch.Tensor | None, rule: Rule, masks: Masks,
 ) -> torch.Tensor:
     """Attention of these queries to these keys, each to those it sees."""
-    mask = _mask(queries, keys, window, together, query.device)
-    return (_written_out if rule.written_out else _looked_up)(query, key, value, mask, rule)
+    if rule.written_out:
+        return _written_out(query, key, value, _mask(queries, keys, window, together, query.device), rule)
+    if together is None and query.device.type == "cpu":
+        return _looked_up(query, key, value, _added(queries, keys, window, query, masks), rule)
+    return _looked_up(query, key, value, _mask(queries, keys, window, together, query.device), rule)
+
+
+def _added(queries: range, keys: range, window: int | None, query: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """What is added to the scores of these queries and keys, [Q, K]: 0, or minus infinity for what is not seen. The
+    last of both is the same token, so that it is a corner of what was made for more of them."""
+    asked, seen = len(queries), len(keys)
+    found = masks.get(window)
+    if found is None or found.shape[0] < asked or found.shape[1] < seen:
+        most = (max(asked, 0 if found is None else len(found)), max(seen, 0 if found is None else found.shape[1]))
+        mask = _mask(range(most[1] - most[0], most[1]), range(most[1]), window, None, query.device)
+        accurate = torch.promote_types(query.dtype, torch.float32)
+        found = masks[window] = torch.zeros(most, dtype=accurate).masked_fill_(~mask, -torch.inf)
+    return found[len(found) - asked :, found.shape[1] - seen :]
 
 
 def _looked_up(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -67,6 +67,9 @@ class Layout:
     """The same for kernels that need no groups; None where there are none to trust."""
     spread: Way | None = None
     """Of keys to all examples end to end, for these kernels; None where nothing is shared."""
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    """On a processor, of a window: what is added to scores of the last queries and keys before any place; parts of it
+    serve every layer, which keeps none of its own for backward."""
 
 
 def layout(

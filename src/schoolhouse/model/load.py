@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +45,9 @@ from schoolhouse.shares import share_out
 from schoolhouse.types import LossSum, MicroBatch, Vision
 
 OPENING = 3
-"""Tokens that both of the proof's sequences begin with."""
+"""Tokens that two of the proof's sequences begin with."""
 EACH = 2
-"""Tokens of them behind these to one that is supervised."""
+"""Tokens of its sequences, behind what two begin with, to one that is supervised."""
 
 
 class Student(nn.Module):
@@ -282,11 +283,12 @@ class Proof:
 
 
 def prove(student: Student, seeing: Sight | None = None) -> Proof:
-    """Compare a packed micro-batch of two examples with the model's own forward, one example at a time.
+    """Compare a packed micro-batch of a few examples with the model's own forward, one example at a time.
 
     A model whose logits pass through something we do not know, or whose layers let examples of a pack see one another,
-    is refused here with a ModelError instead of being trained wrongly. A model that sees is shown an image in its
-    second example, and finds the positions of the first way for itself.
+    is refused here with a ModelError instead of being trained wrongly. Two examples begin alike, and the last one, of
+    which the first token is supervised, with nothing that stands before it. A model that sees is shown an image in its
+    last example, and finds the positions of the first way for itself.
     """
     sequences, vision = _sequences(student, seeing)
     training = student.model.training
@@ -296,8 +298,9 @@ def prove(student: Student, seeing: Sight | None = None) -> Proof:
             packed = student.loss(_pack(sequences, student.device, seeing, vision)).nll
             student.model.set_attn_implementation("eager")
             alone = sum(
-                _own_loss(student.model, sequence.to(student.device), seeing, vision if number else None)
-                for number, sequence in enumerate(sequences)
+                _own_loss(student.model, sequence.to(student.device), chosen.to(student.device), seeing, seen)
+                for sequence, chosen, seen in zip(
+                    sequences, _supervised(sequences), [*[None] * (len(sequences) - 1), vision], strict=True)
             )
     finally:
         sight.attend(student.model, attention.NAME)
@@ -329,10 +332,24 @@ def packed_loss(student: Student, seeing: Sight | None = None) -> float:
 def _sequences(
     student: Student, seeing: Sight | None, tokens: int = 7
 ) -> tuple[list[torch.Tensor], Vision | None]:
-    """Two sequences of tokens spread over the vocabulary, the same every time, and the image that the second shows."""
-    drawn = torch.arange(1, 2 * tokens + 4) * 7919 % student.vocabulary
-    sequences = [drawn[: tokens + 1], torch.cat([drawn[:OPENING], drawn[tokens + 1 + OPENING :]])]
-    return (sequences, None) if seeing is None else _with_image(sequences, seeing, student.device, student.mesh)
+    """Sequences of tokens spread over the vocabulary, the same every time, and the image that the last one shows.
+
+    Those of a model that sees, which shares nothing, begin with different tokens."""
+    drawn = torch.arange(1, 3 * tokens + 4) * 7919 % student.vocabulary
+    first, second, third = drawn[: tokens + 1], drawn[tokens + 1 : 2 * tokens + 3], drawn[2 * tokens + 3 :]
+    if seeing is not None:
+        return _with_image([first, second], seeing, student.device, student.mesh)
+    return [first, torch.cat([first[:OPENING], second[OPENING:]]), third], None
+
+
+def _supervised(sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """bool[T] of each sequence of T + 1 tokens: every `EACH`th is supervised, behind what it begins with as another."""
+    found = []
+    for one in sequences:
+        alike = sum(torch.equal(one[:OPENING], other[:OPENING]) for other in sequences) > 1
+        behind = torch.arange(len(one) - 1) - (OPENING if alike else 0)
+        found.append((behind >= 0) & (behind % EACH == 0))
+    return found
 
 
 def _with_image(
@@ -354,11 +371,9 @@ def _pack(
 ) -> MicroBatch:
     """Token sequences as one micro-batch; the image, where there is one, is the last sequence's.
 
-    Every `EACH`th token behind the opening is supervised, so that the proof sees it where something is computed for
-    targets alone, or once for both.
+    Not every token is supervised, so that the proof sees it where something is computed for targets alone.
     """
-    lengths = [len(sequence) - 1 for sequence in sequences]
-    chosen = [(torch.arange(length) >= OPENING) & ((torch.arange(length) - OPENING) % EACH == 0) for length in lengths]
+    lengths, chosen = [len(sequence) - 1 for sequence in sequences], _supervised(sequences)
     supervised, ids = torch.cat(chosen), [sequence[:-1].numpy() for sequence in sequences]
     shared = None if seeing is not None else loader.shared(ids, [one.numpy() for one in chosen])
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
@@ -371,7 +386,7 @@ def _pack(
         labels=torch.cat([sequence[1:] for sequence in sequences]).unsqueeze(0),
         weights=supervised.float().unsqueeze(0),
         positions=positions,
-        boundaries=(0, lengths[0], sum(lengths)),
+        boundaries=tuple(itertools.accumulate(lengths, initial=0)),
         targets=supervised.nonzero().flatten(),
         pack=(), supervised=float(supervised.sum()), vision=vision, shared=shared,
     )
@@ -379,11 +394,10 @@ def _pack(
 
 
 def _own_loss(
-    model: PreTrainedModel, sequence: torch.Tensor, seeing: Sight | None, vision: Vision | None
+    model: PreTrainedModel, sequence: torch.Tensor, chosen: torch.Tensor, seeing: Sight | None, vision: Vision | None
 ) -> torch.Tensor:
-    """The summed loss of the supervised tokens by the model's own logits."""
+    """The summed loss of the supervised tokens, bool[T] of a sequence of T + 1, by the model's own logits."""
     ids = sequence[:-1].unsqueeze(0)
     seen = {} if vision is None else sight.own_inputs(model, vision, ids == seeing.token)
     logits = model(input_ids=ids, use_cache=False, **seen).logits[0]
-    targets = sequence[OPENING + 1 :: EACH]
-    return torch.nn.functional.cross_entropy(logits[OPENING::EACH].float(), targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits[chosen].float(), sequence[1:][chosen], reduction="sum")

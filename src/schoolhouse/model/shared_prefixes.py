@@ -6,6 +6,8 @@ It is right where a token's states depend on the tokens before it alone, and whe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,13 +22,17 @@ KNOWN = frozenset((
 """transformers' model types whose tokens meet in causal attention alone: shown for each of them."""
 
 
+def drops(settings: Mapping[str, Any]) -> bool:
+    """Whether a model's configuration asks for dropout."""
+    return any(value for name, value in settings.items() if "dropout" in name or name.endswith("pdrop"))
+
+
 def why_not(model: PreTrainedModel) -> str:
     """Why each example of a model has to be computed whole; empty where it has not."""
     decoder, settings = model.get_decoder(), model.config.get_text_config().to_dict()
     if model.config.model_type not in KNOWN or not type(decoder).__module__.startswith("transformers."):
         return f"not shown for {type(model).__name__}"
-    drops = any(value for name, value in settings.items() if "dropout" in name or name.endswith("pdrop"))
-    if drops or any(isinstance(one, nn.Dropout) and one.p for one in model.modules()):
+    if drops(settings) or any(isinstance(one, nn.Dropout) and one.p for one in model.modules()):
         return "dropout is drawn for each example"
     return ""
 
