@@ -71,10 +71,11 @@ def linear_cross_entropy(
     arXiv:1512.00567), as `F.cross_entropy(label_smoothing=…)` does.
     With `into` [V, D], the gradient of the head's matrix, times `share`, is added to it in forward and not returned:
     the sum then has to be given exactly `share` as its gradient. No matrix as large is made for it.
-    With M = 0 the sum is 0 and still hangs on the graph, so that every rank runs its backward.
+    A place of weight 0 adds nothing, whatever its label. With M = 0 the sum is 0 and still hangs on the graph, so that
+    every rank runs its backward.
     """
     rows = hidden.flatten(0, 1).index_select(0, targets)
-    chosen, weight = labels.flatten()[targets], weights.flatten()[targets]
+    chosen, weight = labels.flatten()[targets].clamp(min=0), weights.flatten()[targets]
     nll, correct = _LinearCrossEntropy.apply(
         rows, head.weight, head.bias, chosen, weight, head.scale, head.softcap, smoothing, into, share,
         torch.is_grad_enabled(), workspace or Workspace(),
@@ -149,7 +150,7 @@ def _cross_entropy(
     wanted they become its gradient: by what they were before `softcap`, where there is one."""
     target, weight = labels.unsqueeze(1), weights.unsqueeze(1)
     scores, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
-    correct = (scores == highest).sum()
+    correct = ((scores == highest) & (weight != 0)).sum()
     if smoothing:
         scores.lerp_(logits.mean(1, keepdim=True), smoothing)
     slope = None if softcap is None or not gradient else (logits / softcap).square_().neg_().add_(1)

@@ -314,7 +314,8 @@ def _info(
         "stop tokens": f"{', '.join(run.served.stops.texts)}: a target in "
         f"{run.store.ledger.stopped_turns:,} of {run.store.ledger.turns:,} turns",
         "steps": f"{run.steps:,} of {recipe.batch.examples} examples, {plan.steps_per_epoch:,} an epoch; "
-        f"micro-batches of at most {plan.tokens:,} tokens",
+        f"micro-batches of at most {plan.tokens:,} tokens"
+        + (f", filled up to multiples of {run.student.multiple}" if run.student.multiple > 1 else ""),
         "device": str(run.student.device),
         "layout": spread.in_force(run.student),
         "directory": str(run.record.directory),

@@ -99,18 +99,20 @@ def wanted_of(made: str, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def compare(
-    made: str, kind: str, layout: group.Layout, narrow: bool = False, again: bool = False, small: int = 0
+    made: str, kind: str, layout: group.Layout, narrow: bool = False, again: bool = False, small: int = 0,
+    multiple: int = 1,
 ) -> float:
     """The largest difference of loss and gradients from the plain loop, relative to the longest gradient.
 
     `narrow` computes the layout's side in float32, `again` with activation checkpointing of all but attention; blocks
-    of fewer than `small` weights are one group with the rest.
+    of fewer than `small` weights are one group with the rest; micro-batches are filled up to a `multiple`.
     """
     one, taught, mesh = made_student(made, narrow), rows(kind), group.mesh(layout)
     wanted_loss, wanted = wanted_of(made, kind)
     if again:
         blocks.compute_again(one.model, keep_attention=True)
     placed = Student(one.model, mesh)
+    placed.multiple = multiple
     with mock.patch.object(fsdp, "SMALL", small):
         fsdp.shard(placed, mesh, torch.float32 if narrow else torch.float64, offload=False)
     assert (len(fsdp.groups(placed)) == 1) == bool(small)
@@ -173,6 +175,8 @@ def named(world: int) -> dict[str, Callable[[], float]]:
         cases[name] = functools.partial(compare, "tied", "uneven", layout, narrow=True, again=True)
         name = f"tied, uneven, {'x'.join(map(str, layout))}, blocks together"
         cases[name] = functools.partial(compare, "tied", "uneven", layout, small=1 << 20)
+        name = f"tied, branches, {'x'.join(map(str, layout))}, filled up"
+        cases[name] = functools.partial(compare, "tied", "branches", layout, multiple=8)
         if find_spec("torchao"):
             name = f"4 bits, {'x'.join(map(str, layout))}, float32 recomputed"
             cases[name] = functools.partial(four_bits, layout, base)

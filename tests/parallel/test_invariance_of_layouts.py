@@ -12,7 +12,7 @@ import pytest
 
 CORE = (
     "tied, uneven, 1x2x1", "multi-query, uneven, 1x1x2", "untied, silent, 2x1x1", "mixture, few, 1x2x1",
-    "latent, uneven, 1x1x2", "tied, branches, 1x1x2", "soft caps, branches, 2x1x1",
+    "latent, uneven, 1x1x2", "tied, branches, 1x1x2, filled up", "soft caps, branches, 2x1x1",
     "three heads of keys, uneven, 1x1x2, float32", "tied, uneven, 1x1x2, float32 recomputed",
     "tied, uneven, 1x1x2, blocks together", "4 bits, 1x2x1, float32 recomputed", "4 bits, 1x1x2, float32 recomputed",
 )

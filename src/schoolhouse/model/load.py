@@ -33,6 +33,7 @@ from schoolhouse.model import (
     lora,
     shared_prefixes,
     sight,
+    sizes,
     teaching,
     varlen,
 )
@@ -66,6 +67,8 @@ class Student(nn.Module):
         """What a step that teaches adds to the plain loss."""
         self.kernels = varlen.Kernels()
         """The kernels of attention that proved themselves on the device."""
+        self.multiple = 1
+        """What the tokens and targets of a micro-batch are filled up to multiples of, where it has no images."""
         self.totals: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None
         """Where the gradients of a trained table of tokens are summed up, if they may be added there in place."""
         self._workspace = loss.Workspace()
@@ -115,9 +118,15 @@ class Student(nn.Module):
         """
         if micro.shared is not None:
             micro = shared_prefixes.unfolded(micro) if self.apart else shared_prefixes.fold(micro)
+        spared, fills = micro.shared.begins if micro.shared else (), self.multiple > 1 and micro.vision is None
+        if fills:
+            micro = ulysses.filled(micro, self.multiple * self.mesh.ulysses)
         part, share = ulysses.split(micro, self.mesh), 1.0 / supervised
+        tokens = len(part.targets)
+        if fills:
+            part = sizes.with_more_targets(part, self.multiple)
         nll, correct, weight = self(part, drawn, _worth(micro, part) if self.teaching.balance else None, share)
-        return LossSum(nll, correct, weight, len(part.targets), share, micro.shared.begins if micro.shared else ())
+        return LossSum(nll, correct, weight, tokens, share, spared)
 
     def forward(
         self, part: MicroBatch, drawn: Drawn | None = None, worth: torch.Tensor | None = None, share: float = 1.0

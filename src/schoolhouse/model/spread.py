@@ -12,7 +12,7 @@ from schoolhouse import inert
 from schoolhouse.config import Recipe
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MeshError
-from schoolhouse.model import fourbit, load, sight, stacked, teaching, varlen
+from schoolhouse.model import fourbit, load, sight, sizes, stacked, teaching, varlen
 from schoolhouse.model.load import Proof, Student
 from schoolhouse.model.varlen import Kernels
 from schoolhouse.parallel import fsdp, ulysses
@@ -37,6 +37,7 @@ def proved(
         student = load.load(directory, recipe.model, place, recipe.lora)
         student.teaching = teaching.teaching(recipe.train, student.model)
         student.kernels = _kernels(student, place, recipe)
+        student.multiple = sizes.multiple(student.work, place, recipe.model.precision)
         return student, load.prove(student, seeing)
     _refuse(directory, mesh)
     number = stored(directory)
@@ -52,6 +53,7 @@ def proved(
     student.teaching = teaching.teaching(recipe.train, student.model)
     student.kernels = _kernels(student, place, recipe)
     precision = recipe.model.precision
+    student.multiple = sizes.multiple(student.work, place, precision)
     fsdp.shard(student, mesh, getattr(torch, precision), offload=recipe.parallel.offload, kept=kept)
     _check_layout(student, proof, seeing, AGREEMENT[precision])
     return student, proof

@@ -28,40 +28,48 @@ from schoolhouse.types import UNSUPERVISED, MicroBatch
 
 
 def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
-    """This process's part [1, S / U] of a micro-batch; `boundaries` stay those of the whole, padded sequence.
+    """This process's part [1, S / U] of a micro-batch, `filled` up; `boundaries` stay those of the whole sequence.
 
-    The sequence is padded to a multiple of U by an example of its own that nothing is learnt from. Where a model sees,
+    Where a model sees,
     each process has the pixels of its share of the images; the model itself exchanges their features, puts them into
     the embeddings of the whole sequence, and takes this process's part of these.
     """
     if mesh.ulysses == 1:
         return micro
-    computed = micro.input_ids.shape[1]
-    missing = -computed % mesh.ulysses
-    length = (computed + missing) // mesh.ulysses
+    micro = filled(micro, mesh.ulysses)
+    length = micro.input_ids.shape[1] // mesh.ulysses
     start = mesh.ulysses_rank * length
-
-    def part(values: Tensor, padding: int) -> Tensor:
-        return torch.nn.functional.pad(values, (0, missing), value=padding)[..., start : start + length]
-
-    whole, shared = micro.boundaries[-1], micro.shared
+    own = slice(start, start + length)
     inside = micro.targets[(micro.targets >= start) & (micro.targets < start + length)]
-    padded = torch.nn.functional.pad(micro.positions, (0, missing))
-    if missing:
-        padded[..., computed:] = torch.arange(missing, device=padded.device)
-        shared = None if shared is None else dataclasses.replace(
-            shared, places=torch.cat([shared.places, torch.arange(computed, computed + missing)]),
-            begins=(*shared.begins, 0),
-        )
-    ids, positions, vision = part(micro.input_ids, 0), padded[..., start : start + length], micro.vision
+    ids, positions, vision = micro.input_ids[:, own], micro.positions[..., own], micro.vision
     if vision is not None:  # features go into their places first: every process sees all tokens
-        ids, positions = torch.nn.functional.pad(micro.input_ids, (0, missing)), padded
+        ids, positions = micro.input_ids, micro.positions
         vision = dataclasses.replace(vision, part=(start, length))
     return dataclasses.replace(
-        micro, input_ids=ids, labels=part(micro.labels, UNSUPERVISED), vision=vision,
-        weights=part(micro.weights, 0), positions=positions,
-        boundaries=(*micro.boundaries, whole + missing) if missing else micro.boundaries, targets=inside - start,
-        shared=shared,
+        micro, input_ids=ids, labels=micro.labels[:, own], weights=micro.weights[:, own], positions=positions,
+        vision=vision, targets=inside - start,
+    )
+
+
+def filled(micro: MicroBatch, multiple: int) -> MicroBatch:
+    """The micro-batch with an example behind it that nothing is learnt from, so that its tokens are a multiple."""
+    tokens, shared = micro.input_ids.shape[1], micro.shared
+    missing = -tokens % multiple
+    if not missing:
+        return micro
+
+    def longer(values: Tensor, padding: int = 0) -> Tensor:
+        return torch.nn.functional.pad(values, (0, missing), value=padding)
+
+    positions = longer(micro.positions)
+    positions[..., tokens:] = torch.arange(missing, device=positions.device)
+    if shared is not None:
+        places = torch.cat([shared.places, torch.arange(tokens, tokens + missing)])
+        shared = dataclasses.replace(shared, places=places, begins=(*shared.begins, 0))
+    return dataclasses.replace(
+        micro, input_ids=longer(micro.input_ids), labels=longer(micro.labels, UNSUPERVISED),
+        weights=longer(micro.weights), positions=positions, shared=shared,
+        boundaries=(*micro.boundaries, micro.boundaries[-1] + missing),
     )
 
 
