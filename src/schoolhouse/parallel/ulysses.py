@@ -30,9 +30,8 @@ from schoolhouse.types import UNSUPERVISED, MicroBatch
 def split(micro: MicroBatch, mesh: Mesh) -> MicroBatch:
     """This process's part [1, S / U] of a micro-batch, `filled` up; `boundaries` stay those of the whole sequence.
 
-    Where a model sees,
-    each process has the pixels of its share of the images; the model itself exchanges their features, puts them into
-    the embeddings of the whole sequence, and takes this process's part of these.
+    Where a model sees, each process has the pixels of its share of the images; the model itself exchanges their
+    features, puts them into the embeddings of the whole sequence, and takes this process's part of these.
     """
     if mesh.ulysses == 1:
         return micro
