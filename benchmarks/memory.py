@@ -29,6 +29,7 @@ from schoolhouse.data import loader, served
 from schoolhouse.data import plan as plans
 from schoolhouse.model import attention, blocks, load, lora, sight
 from schoolhouse.model.load import Student
+from schoolhouse.model.shared_prefixes import unfolded
 from schoolhouse.model.teaching import Drawn
 from schoolhouse.optim import Optimizer
 from schoolhouse.screen import Screen
@@ -64,7 +65,7 @@ def measure(path: Path, settings: list[str]) -> dict[str, Any]:
     plan = plans.plan(store, recipe, shares=seeing is None)
     pack = fitting.heaviest_packs(plan, store.largest_image)[0]
     seen = next(iter(loader.pixels(store, iter([pack]), seeing, len(pack), CPU)))
-    micro = dataclasses.replace(loader.micro_batch(store, pack, CPU, seeing, seen), shared=None)
+    micro = unfolded(loader.micro_batch(store, pack, CPU, seeing, seen))
     foreseen = estimate.memory(recipe, directory) or {}
     attention.register()
     ahead = _saved_on_meta(recipe, directory, micro)

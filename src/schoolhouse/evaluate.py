@@ -78,8 +78,7 @@ def validation(
     started = time.perf_counter()
     mesh = student.mesh
     sums = torch.zeros(4, dtype=torch.float64, device=student.device)
-    shares = seeing is None and not student.apart
-    every = plan.whole(store, batch_tokens, mesh.data_ranks, shares=shares)
+    every = plan.whole(store, batch_tokens, mesh.data_ranks, shares=not student.apart)
     packs = every[mesh.data_rank :: mesh.data_ranks]
     seen = loader.pixels(store, packs, seeing, len(store), student.device, mesh.seat)
     with _evaluating(student):

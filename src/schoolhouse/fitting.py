@@ -23,6 +23,7 @@ from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MemoryFault
 from schoolhouse.model.load import Student
+from schoolhouse.model.shared_prefixes import unfolded
 from schoolhouse.model.teaching import Drawn
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel import fsdp
@@ -73,7 +74,7 @@ class Rehearsal:
         share = student.mesh.seat
         seen = next(iter(loader.pixels(self.store, iter([pack]), self.sight, len(pack), student.device, share)))
         micro = loader.micro_batch(self.store, pack, student.device, self.sight, seen, share[1])
-        micro = loader.as_planned(self.store, micro) if together else dataclasses.replace(micro, shared=None)
+        micro = loader.as_planned(self.store, micro) if together else unfolded(micro)
         fsdp.expect(student, last=True)
         student.loss(micro, Drawn(0, 0), micro.supervised).backward()
         self.optimizer.clip()

@@ -34,7 +34,7 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
     """Prepare all sources of a recipe and describe them; what `check --json` prints."""
     train, validation = stores(recipe, serving, screen)
     model = served.load(serving)
-    shares = _shares(recipe, model, serving.directory)
+    shares = _shares(recipe, serving.directory)
     plan = plans.plan(train, recipe, shares=shares)
     return {
         "train": ledger(train, shares=shares),
@@ -76,9 +76,7 @@ def ledger(store: Store, *, shares: bool) -> dict[str, Any]:
 
 def split_cost(store: Store, tokens: np.ndarray) -> float:
     """How many times as many these tokens of examples, i64[examples], are as if no row were split."""
-    place = np.stack([store.arrays["sources"], store.arrays["rows"]])
-    begins = np.flatnonzero(np.any(np.diff(place, prepend=-1), axis=0))
-    return float(tokens.sum() / np.maximum.reduceat(store.lengths, begins).sum())
+    return float(tokens.sum() / np.maximum.reduceat(store.lengths, store.firsts).sum())
 
 
 def duplicates(train: Store, validation: Store | None) -> dict[str, Any]:
@@ -207,12 +205,12 @@ def _split(counted: dict[str, Any]) -> str:
     return f" (splitting costs {counted['split_cost']:.2f} times as many as rows that stay whole{once})"
 
 
-def _shares(recipe: Recipe, model: Served, directory: Path) -> bool:
+def _shares(recipe: Recipe, directory: Path) -> bool:
     """Whether what examples begin with will be computed once, as far as it can be told without weights and device."""
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     drawn = recipe.train.neftune or recipe.train.balance or (recipe.lora is not None and recipe.lora.dropout)
     known = settings.get("model_type") in shared_prefixes.KNOWN and not shared_prefixes.drops(settings)
-    return known and model.sight is None and not drawn
+    return known and not drawn
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> Table:

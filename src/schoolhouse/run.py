@@ -185,8 +185,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     # a student that is cut has float32 masters by itself, and gathers them in the precision of its matrix products
     optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision if mesh.world == 1 else "float32")
     student.add_in_place(optimizer.total)
-    shares = model.sight is None and not student.apart
-    plan = plans.plan(store, recipe, _packs_at_once(previous, mesh), shares=shares)
+    plan = plans.plan(store, recipe, _packs_at_once(previous, mesh), shares=not student.apart)
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
     room.refuse_too_little(recipe, record.directory / "checkpoints", optimizer, steps, mesh)
     rehearsal = fitting.Rehearsal(student, optimizer, store, model.sight)

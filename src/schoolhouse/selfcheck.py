@@ -170,7 +170,7 @@ def as_a_run_does(
     student.add_in_place(optimizer.total)
     student.eval()
     student.teaching = Teaching()  # the plain loss: the other way knows no noise, smoothing or balance
-    packs = plans.whole(store, recipe.micro_batch, mesh.data_ranks, shares=seeing is None and not student.apart)
+    packs = plans.whole(store, recipe.micro_batch, mesh.data_ranks, shares=not student.apart)
     planned = PlannedStep(
         1, 0, tuple(map(tuple, packs)), int(store.lengths.sum()), int(store.supervised_tokens.sum()),
         float(store.supervised.sum()),

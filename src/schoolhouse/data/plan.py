@@ -98,8 +98,7 @@ def whole(store: Store, tokens: int, ranks: int, *, shares: bool) -> list[list[i
 
 def _split(store: Store) -> Split | None:
     """Where rows of a store became several examples."""
-    row = np.stack([store.arrays["sources"], store.arrays["rows"]])
-    firsts = np.flatnonzero(np.any(np.diff(row, prepend=-1), axis=0))
+    firsts = store.firsts
     return None if len(firsts) == len(store) else Split(firsts, store.shared)
 
 

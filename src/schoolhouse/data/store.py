@@ -123,6 +123,12 @@ class Store:
         return self.arrays["lengths"]
 
     @property
+    def firsts(self) -> np.ndarray:
+        """i64[rows]: the first example of each row that has any."""
+        row = np.stack([self.arrays["sources"], self.arrays["rows"]])
+        return np.flatnonzero(np.any(np.diff(row, prepend=-1), axis=0))
+
+    @property
     def shared(self) -> np.ndarray:
         """i64[examples]: the tokens that each begins with as the example before it does, where both are of one row."""
         return self.arrays["shared"]

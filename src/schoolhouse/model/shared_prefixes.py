@@ -19,7 +19,7 @@ KNOWN = frozenset((
     "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt_oss", "llama", "mistral", "qwen2", "qwen3",
     "qwen3_moe", "seed_oss",
 ))
-"""transformers' model types whose tokens meet in causal attention alone: shown for each of them."""
+"""transformers' model types whose tokens meet in causal attention alone: shown for each of them. None of them sees."""
 
 
 def drops(settings: Mapping[str, Any]) -> bool:
