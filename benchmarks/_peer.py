@@ -106,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="0: all weights are trained")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     parser.add_argument("--liger", action="store_true", help="Liger's kernels")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--check-isolation", action="store_true", help="whether packed examples see one another")
     return parser.parse_args()
 
@@ -171,6 +172,7 @@ def common(arguments: argparse.Namespace) -> dict[str, Any]:
     return dict(
         output_dir=str(arguments.work / arguments.program), num_train_epochs=1, max_steps=arguments.steps,
         bf16=autocast, gradient_checkpointing=arguments.recompute, use_liger_kernel=arguments.liger, use_cpu=on_cpu,
+        torch_compile=arguments.compile,
         optim="adamw_torch_fused", learning_rate=arguments.learning_rate, lr_scheduler_type="constant",
         weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, max_grad_norm=1.0,
         dataloader_num_workers=0 if on_cpu else 2, dataloader_pin_memory=not on_cpu, logging_strategy="no",

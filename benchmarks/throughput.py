@@ -33,7 +33,8 @@ SEARCHED = {
     "cuda": ("padded:8", "padded:32", "padding_free:8", "padding_free:32", "packed:8192", "packed:16384"),
 }
 """TRL's layouts and micro-batch sizes that are tried: rows, or tokens of a pack (0: of the longest row)."""
-LIGER = "+liger"
+EXTRAS = ("compile", "liger")
+"""What a layout's name may end with, each behind a plus: torch.compile, Liger's kernels."""
 FINALISTS = 2
 """TRL layouts of each number format that take part in the alternating run: the search is a single look."""
 LEAK = 0.1
@@ -132,7 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=list(NUMBERS), default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--patience", type=float, default=30, help="seconds to wait for other programs to be quiet")
-    parser.add_argument("--trl", nargs="*", help="TRL layouts, e.g. padded:4 packed:1024; unset: search the best")
+    parser.add_argument("--trl", nargs="*", help="TRL layouts, e.g. padded:4+compile packed:1024; unset: search")
     parser.add_argument("--trainer", nargs="*", default=[], help="transformers.Trainer as well, e.g. padded:4")
     parser.add_argument("--json", type=Path, help="write everything that was measured")
     parser.add_argument("--write-inputs", type=Path, help=argparse.SUPPRESS)
@@ -158,7 +159,7 @@ def parse() -> argparse.Namespace:
 
 def search(options: argparse.Namespace, work: Path) -> list[Contender]:
     """TRL's fastest layouts by a short look at each; those that let examples see one another are left out."""
-    liger = ("", LIGER) if options.device != "cpu" and find_spec("liger_kernel") else ("",)
+    liger = ("", "+liger") if options.device != "cpu" and find_spec("liger_kernel") else ("",)
     layouts = [one for one in SEARCHED[options.device] if not misfit("TRL", one, options.examples)]
     finalists = []
     for numbers in NUMBERS[options.precision]:
@@ -182,14 +183,21 @@ def named(program: str, layouts: Sequence[str], options: argparse.Namespace, wor
 
 def misfit(program: str, layout: str, examples: int) -> str:
     """Why a layout cannot take part in steps of so many examples; empty where it can."""
-    kind, _, size = layout.removesuffix(LIGER).partition(":")
-    if kind not in ("padded", "padding_free", "packed") or not size.isdecimal():
-        return "a layout is padded:N, padding_free:N or packed:N"
+    kind, size, extras = parts(layout)
+    if kind not in ("padded", "padding_free", "packed") or not size.isdecimal() or not {*extras} <= {*EXTRAS}:
+        return f"a layout is padded:N, padding_free:N or packed:N, and may end with +{' or +'.join(EXTRAS)}"
     if program == "Trainer" and kind != "padded":
         return "transformers' Trainer pads: padded:N"
     if kind != "packed" and (int(size) < 1 or examples % int(size)):
         return f"{examples} examples of a step are not so many micro-batches"
     return ""
+
+
+def parts(layout: str) -> tuple[str, str, list[str]]:
+    """How a layout lays rows out, the number behind it, and its extras."""
+    base, *extras = layout.split("+")
+    kind, _, size = base.partition(":")
+    return kind, size, extras
 
 
 def isolated(
@@ -275,13 +283,13 @@ def peer(contender: Contender, options: argparse.Namespace, work: Path, steps: i
 
 def peer_command(contender: Contender, options: argparse.Namespace, work: Path) -> list[str | Path]:
     """The command line of a measurement of it."""
-    layout, _, size = contender.layout.removesuffix(LIGER).partition(":")
+    layout, size, extras = parts(contender.layout)
     return [
         sys.executable, Path(__file__).with_name("_peer.py"), "--work", work, "--layout", layout, "--size", size,
         "--numbers", contender.numbers, "--examples", str(options.examples), "--optimizer-steps", str(options.steps),
         "--learning-rate", str(inputs.LEARNING_RATE), "--program", contender.program, "--device", options.device,
         "--lora", str(options.lora or 0), *(["--recompute"] if options.recompute else []),
-        *(["--liger"] if contender.layout.endswith(LIGER) else []),
+        *(f"--{extra}" for extra in extras),
     ]
 
 

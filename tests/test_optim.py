@@ -132,6 +132,29 @@ def test_bfloat16_gradients_are_summed_in_float32() -> None:
     assert float(optimizer.clip()) == 300 + 2**-9
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_memory_of_gradients_serves_the_next_step(precision: str) -> None:
+    """Not a bit of a weight differs, also of one that has a gradient in every other step alone, and no step after the
+    first makes a fresh sum."""
+    found, places = [], set()
+    for keeps in (False, True):
+        model = network()
+        optimizer = Optimizer(model, SETTINGS, precision)
+        optimizer.keeps_memory = keeps
+        head = model[3].weight
+        for step in range(6):
+            if step % 2:
+                optimizer.total(head).add_(0.5)
+                places.add((keeps, optimizer.total(head).data_ptr()))
+            model[0](torch.full((2, 6), step + 1.0, dtype=model[0].weight.dtype)).sum().backward()
+            optimizer.clip()
+            optimizer.step(1e-2)
+            assert all(master.grad is None for master in optimizer.masters.values())
+        found.append(dict(optimizer.weights()))
+    assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())
+    assert len([one for keeps, one in places if keeps]) == 1
+
+
 def test_bfloat16_learns_like_float32() -> None:
     """Twenty steps of the narrow model stay beside the wide one: 8-bit products, so 2 % of the way gone."""
     wide, narrow, start = network(), network(), network()

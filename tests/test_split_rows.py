@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_regressions import store_of
 
 from schoolhouse import cli, fitting
 from schoolhouse import recipe as recipes
@@ -17,7 +18,6 @@ from schoolhouse.data import loader
 from schoolhouse.data import plan as plans
 from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
-from tests.test_regressions import store_of
 
 TEMPLATE = (
     "{% for one in messages %}<|im_start|>{{ one.role }}\n{% if one.role == 'assistant' and loop.last %}<think>\n\n"

@@ -53,23 +53,29 @@ class Rehearsal:
             return False
 
     def attempt(self, plan: Plan) -> None:
-        """One update with each of them, with the learning rate 0, which moves no weight; raises DoesNotFitError.
+        """Each of them forward and backward as in a later step, beside moments and, where a step has several, the
+        gradients of others; raises DoesNotFitError. No weight moves.
 
         Freed memory is given back before and after, so that neither a smaller try nor training meets its splinters.
         """
         memory.give_back(self.student.device)
         packs = [(pack, False) for pack in heaviest_packs(plan, self.store.largest_image)]
         packs += [(pack, True) for pack in heaviest_together(plan)]
-        for pack, together in packs:
-            with _refused_memory(), memory.capped(self.student.device):
-                try:
-                    self._update(pack, together)
-                finally:
-                    self.optimizer.begin_again()
+        with _refused_memory(), memory.capped(self.student.device):
+            try:
+                self._learn(*packs[0])
+                self.optimizer.try_update()
+                for pack, together in [*packs[1:], packs[0]]:
+                    if not plan.several:
+                        self.optimizer.forget()
+                    self._learn(pack, together)
+            finally:
+                self.optimizer.begin_again()
         memory.give_back(self.student.device)
 
-    def _update(self, pack: Sequence[int], together: bool) -> None:
-        """An update with a pack: of examples that share nothing, or what the plan counts on where they are together."""
+    def _learn(self, pack: Sequence[int], together: bool) -> None:
+        """The gradient of a pack: of examples that share nothing, or what the plan counts on where they are together.
+        """
         student = self.student
         share = student.mesh.seat
         seen = next(iter(loader.pixels(self.store, iter([pack]), self.sight, len(pack), student.device, share)))
@@ -77,8 +83,6 @@ class Rehearsal:
         micro = loader.as_planned(self.store, micro) if together else unfolded(micro)
         fsdp.expect(student, last=True)
         student.loss(micro, Drawn(0, 0), micro.supervised).backward()
-        self.optimizer.clip()
-        self.optimizer.step(0.0)
 
 
 class DoesNotFitError(Exception):
@@ -116,6 +120,8 @@ def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
     together = student.mesh.world > 1
     memory.give_back(student.device)
     held = memory.begin_peak(student.device) if together else 0
+    if held is not None:
+        held += rehearsal.optimizer.saved_bytes() // student.mesh.world  # gradients and moments, which do not grow
     refuse_too_large(rehearsal, plan)
     whole_step = int(np.sort(plan.lengths)[-plan.examples :].sum())
     for tokens in _sizes(plan.tokens, whole_step):
@@ -151,7 +157,7 @@ def _all_have_room(student: Student, held: int | None, ratio: float) -> bool:
     now = memory.begin_peak(device)
     mesh.barrier()  # before anybody looks at what is free, all have ended the last try
     known = None not in (held, most, now)
-    more, free = (held + (most - held) * ratio - now, memory.room(device)) if known else (0.0, None)
+    more, free = (held + max(0, most - held) * ratio - now, memory.room(device)) if known else (0.0, None)
     said = mesh.gather([_where(device), more, free])
     needed: dict[str, float] = collections.Counter()
     for place, wanted, _ in said:

@@ -7,6 +7,7 @@ weight is kept, not rounded away (Micikevicius et al., 2018, arXiv:1710.03740).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,13 +32,18 @@ class Optimizer:
     def __init__(self, model: nn.Module, settings: Optim, precision: str) -> None:
         self._copies = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._settings = settings
+        self.keeps_memory = False
+        """Whether gradients leave their memory to those of the next step: on a processor fresh pages take longer than
+        what is written to them. Right where a step has several micro-batches, which find gradients there anyway."""
+        self._made: set[str] = set()
+        self._free: dict[str, Tensor] = {}
         self.masters: Mapping[str, Tensor] = self._copies
         self._names = {copy: name for name, copy in self._copies.items()}
         if precision == "bfloat16":
             self.masters = {name: copy.detach().clone() for name, copy in self._copies.items()}
             _narrow(model)
             for name, copy in self._copies.items():
-                copy.register_post_accumulate_grad_hook(_move_gradient(self.masters[name]))
+                copy.register_post_accumulate_grad_hook(functools.partial(self._move_gradient, name))
         self.matrices = hidden_matrices(model) & self.masters.keys() if settings.name == "muon" else set()
         """The names of the parameters that Muon moves."""
         self.factors = factors(self.masters, settings.rates)
@@ -85,8 +91,25 @@ class Optimizer:
         if name is None:
             return None
         if self.masters[name].grad is None:
-            self.masters[name].grad = torch.zeros_like(self.masters[name])
+            self.masters[name].grad = self._memory(name).zero_()
         return self.masters[name].grad
+
+    def _memory(self, name: str) -> Tensor:
+        """What a gradient's sum is written to, of any content."""
+        self._made.add(name)
+        return self._free.pop(name) if name in self._free else torch.empty_like(self.masters[name])
+
+    @torch.no_grad()
+    def _move_gradient(self, name: str, copy: Tensor) -> None:
+        """Add a copy's finished gradient to its master's float32 sum, and free it."""
+        if copy.grad is None:  # it was added to the master's in place
+            return
+        master = self.masters[name]
+        if master.grad is None:
+            master.grad = self._memory(name).copy_(copy.grad)
+        else:  # of an embedding, the rows it met, which are added to a sum that is there
+            master.grad.add_(copy.grad.to(master.dtype))
+        copy.grad = None
 
     def forget(self) -> None:
         """Drop the gradient; weights and moments stay what they are."""
@@ -96,6 +119,7 @@ class Optimizer:
     def begin_again(self) -> None:
         """Drop gradients and moments, as before the first step."""
         self.forget()
+        self._free.clear()
         for optimizer in self._optimizers:
             optimizer.state.clear()
 
@@ -108,8 +132,22 @@ class Optimizer:
                 else:
                     group["lr"] = learning_rate * group["factor"]
             self._move(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+        self._leave_gradients()
         self._write_copies()
+
+    def _leave_gradients(self) -> None:
+        """Gradients are gone; the memory of those that we made is kept where that is wanted."""
+        made = {name: self.masters[name].grad for name in self._made if self.keeps_memory}
+        self._free |= {name: gradient for name, gradient in made.items() if gradient is not None}
+        self.forget()
+
+    def try_update(self) -> None:
+        """Make the moments of a first update, which moves nothing; gradients stay, clipped."""
+        self.clip()
+        gradients = [(master, master.grad) for master in self.masters.values()]
+        self.step(0.0)
+        for master, gradient in gradients:
+            master.grad = gradient
 
     def _move(self, optimizer: torch.optim.Optimizer) -> None:
         if self._settings.name == "adamw8bit":
@@ -212,16 +250,3 @@ def _narrow(model: nn.Module) -> None:
         if not fourbit.is_narrow(parameter):
             parameter.data = parameter.data.to(torch.bfloat16)
 
-
-def _move_gradient(master: Tensor):
-    """Add a copy's finished gradient to its master's float32 sum, and free it."""
-
-    @torch.no_grad()
-    def move(copy: Tensor) -> None:
-        if copy.grad is None:  # it was added to the master's in place
-            return
-        wide = copy.grad.to(master.dtype)  # of an embedding, the rows it met, which are added to a sum that is there
-        master.grad = wide if master.grad is None else master.grad.add_(wide)
-        copy.grad = None
-
-    return move

@@ -200,6 +200,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     found = _newest(run, back.strict)
     _describe(run, recipe, rules)
     fitting.refuse_too_large(rehearsal, plan)
+    optimizer.keeps_memory = plan.several and student.device.type == "cpu"
     _resume(run, found)
     return run
 

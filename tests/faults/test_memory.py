@@ -51,7 +51,7 @@ def test_f14_what_does_not_fit_is_said_before_the_first_step(page: Path, tmp_pat
     here("run", page, f"directory={tmp_path / 'run'}", *wide, code=5)
     said = capsys.readouterr().err
     assert "31.20 GiB" in said and "set batch.tokens=150" in said and "Traceback" not in said
-    assert tried[-3] > 270 and all(120 < one <= 150 for one in tried[-2:]), "the full one, then two of its half"
+    assert tried[-4] > 270 and all(120 < one <= 150 for one in tried[-3:]), "the full one, then two of its half"
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     here("run", page, f"directory={tmp_path / 'again'}", *wide, "batch.tokens=150")
 
@@ -64,6 +64,28 @@ def test_f14_the_rehearsal_is_undone_to_the_bit(page: Path, tmp_path: Path) -> N
     assert all(torch.equal(before[name], tensor) for name, tensor in run.optimizer.weights())
     assert list(run.optimizer.moments()) == []
     assert all(master.grad is None for master in run.optimizer.masters.values())
+    run.record.close()
+
+
+@pytest.mark.parametrize("tokens", [160, 8000])
+def test_f14_packs_are_tried_as_in_a_later_step(tokens: int, page: Path, tmp_path: Path, monkeypatch) -> None:
+    """Each beside moments, and beside all gradients where a step has several micro-batches: their peak is a step's."""
+    sizes = (*WIDE, f"batch.tokens={tokens}")
+    run = runs.begin(recipes.read(page, [f"directory={tmp_path / 'run'}", *sizes]), page, Screen(), ALONE)
+    seen, whole, masters = [], Student.loss, run.optimizer.masters.values()
+
+    def loss(self: Student, micro, *rest):
+        moments = len(list(run.optimizer.moments())) >= 2 * len(masters)
+        seen.append((micro.input_ids.shape[1], moments, all(master.grad is not None for master in masters)))
+        return whole(self, micro, *rest)
+
+    monkeypatch.setattr(Student, "loss", loss)
+    fitting.Rehearsal(run.student, run.optimizer, run.store, None).attempt(run.plan)
+    packs = fitting.heaviest_packs(run.plan, run.store.largest_image)
+    assert run.plan.several is (tokens == 160) and len(seen) == len(packs) + 1
+    wanted = sorted(int(run.store.lengths[list(pack)].sum()) for pack in packs)
+    assert sorted(size for size, *_ in seen[1:]) == wanted and seen[0] == (seen[-1][0], False, False)
+    assert all(moments and gradients is run.plan.several for _, moments, gradients in seen[1:])
     run.record.close()
 
 

@@ -56,6 +56,12 @@ class Plan:
         """Steps that see every example once; the last one may be smaller."""
         return -(-len(self.lengths) // self.examples)
 
+    @property
+    def several(self) -> bool:
+        """Whether a process may have several micro-batches in a step: as of one of the longest examples."""
+        longest = np.partition(self.lengths, -min(self.examples, len(self.lengths)))[-self.examples :]
+        return len(packs.partition(longest, self.tokens, self.ranks)) > self.ranks
+
     def position(self, index: int) -> Position:
         """Where the data stream stands after step `index` (0: before the first)."""
         return Position(index // self.steps_per_epoch, index)

@@ -59,7 +59,7 @@ def packed_attention(
     holds a sink for each head (GPT-OSS). Grouped heads are those of `query` in runs of H / H'.
     """
     assert attention_mask is None and query.shape[0] == 1, "packed attention takes one sequence and its layout"
-    states = [one[0].transpose(0, 1) for one in (query, key, value)]
+    states = [one.squeeze(0).transpose(0, 1) for one in (query, key, value)]  # `one[0]` would be copied in backward
     if layout.exchange is not None:
         states = layout.exchange.to_heads(*states)
         s_aux = None if s_aux is None else layout.exchange.own_heads(s_aux)
@@ -78,7 +78,7 @@ def image_attention(
     """Attention in both directions within each image between the offsets `cu_seq_lens_q` (or each window of one):
     query, key and value [1, H, P, K] of P patches to [1, P, H, K]."""
     assert attention_mask is None and query.shape[0] == 1, "images stand behind one another"
-    states = [one[0].transpose(0, 1) for one in (query, key, value)]
+    states = [one.squeeze(0).transpose(0, 1) for one in (query, key, value)]
     alike = _alike(tuple(cu_seq_lens_q.tolist()), query.device)
     return _attend(*states, alike, Rule(causal=False, scaling=scaling, dropout=dropout)).unsqueeze(0), None
 
