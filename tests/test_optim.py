@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_the_memory_of_gradients_serves_the_next_step(precision: str) -> None:
     for keeps in (False, True):
         model = network()
         optimizer = Optimizer(model, SETTINGS, precision)
-        optimizer.keeps_memory = keeps
+        optimizer.sums.stay = keeps
         head = model[3].weight
         for step in range(6):
             if step % 2:
@@ -153,6 +154,18 @@ def test_the_memory_of_gradients_serves_the_next_step(precision: str) -> None:
         found.append(dict(optimizer.weights()))
     assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())
     assert len([one for keeps, one in places if keeps]) == 1
+
+
+def test_an_optimizer_goes_with_its_model() -> None:
+    """Nothing holds weights, gradients or moments once both are dropped, not even until garbage is looked for."""
+    for precision in ("float32", "bfloat16"):
+        model = network()
+        optimizer = Optimizer(model, SETTINGS, precision)
+        loss_of(model, 1, next(model.parameters()).dtype).backward()
+        optimizer.step(1e-3)
+        left = [weakref.ref(one) for one in (optimizer, *optimizer.masters.values())]
+        del model, optimizer
+        assert not any(one() is not None for one in left), precision
 
 
 def test_bfloat16_learns_like_float32() -> None:

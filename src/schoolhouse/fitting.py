@@ -59,16 +59,17 @@ class Rehearsal:
         Freed memory is given back before and after, so that neither a smaller try nor training meets its splinters.
         """
         memory.give_back(self.student.device)
+        several = plan.several(self.student.mesh.data_ranks)
         packs = [(pack, False) for pack in heaviest_packs(plan, self.store.largest_image)]
         packs += [(pack, True) for pack in heaviest_together(plan)]
         with _refused_memory(), memory.capped(self.student.device):
             try:
-                self._learn(*packs[0])
-                self.optimizer.try_update()
-                for pack, together in [*packs[1:], packs[0]]:
-                    if not plan.several:
-                        self.optimizer.forget()
+                self.optimizer.as_in_a_later_step(gradients=several)
+                for pack, together in packs:
                     self._learn(pack, together)
+                    self.optimizer.clip()
+                    if not several:
+                        self.optimizer.forget()
             finally:
                 self.optimizer.begin_again()
         memory.give_back(self.student.device)
@@ -95,17 +96,18 @@ def refuse_too_large(rehearsal: Rehearsal, plan: Plan, known: int | None = None)
     `known` is a smaller `batch.tokens` that did.
     """
     try:
-        rehearsal.attempt(plan)
+        return rehearsal.attempt(plan)
     except DoesNotFitError as error:
-        longest = int(plan.lengths.max())
-        fits = known or (_what_fits(rehearsal, plan) if rehearsal.student.mesh.world == 1 else None)
-        raise MemoryFault(
-            f"a micro-batch of {plan.tokens} tokens does not fit: {error}",
-            required=f"memory for forward, backward and update; the longest example has {longest} tokens",
-            where="batch.tokens, rehearsed before the first step",
-            remedy=f"set batch.tokens={fits}, which fits and gives the same result" if fits else
-            "lower batch.tokens, shorten the examples (data.max_tokens), or set model.activation_checkpointing=true",
-        ) from None
+        said = str(error)  # the error itself holds on to what was made before it
+    longest = int(plan.lengths.max())
+    fits = known or (_what_fits(rehearsal, plan) if rehearsal.student.mesh.world == 1 else None)
+    raise MemoryFault(
+        f"a micro-batch of {plan.tokens} tokens does not fit: {said}",
+        required=f"memory for forward, backward and update; the longest example has {longest} tokens",
+        where="batch.tokens, rehearsed before the first step",
+        remedy=f"set batch.tokens={fits}, which fits and gives the same result" if fits else
+        "lower batch.tokens, shorten the examples (data.max_tokens), or set model.activation_checkpointing=true",
+    )
 
 
 def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
@@ -120,8 +122,8 @@ def largest_that_fits(rehearsal: Rehearsal, plan: Plan) -> Plan:
     together = student.mesh.world > 1
     memory.give_back(student.device)
     held = memory.begin_peak(student.device) if together else 0
-    if held is not None:
-        held += rehearsal.optimizer.saved_bytes() // student.mesh.world  # gradients and moments, which do not grow
+    if held is not None:  # moments and gradients do not grow
+        held += rehearsal.optimizer.later_bytes(student.device, gradients=plan.several(student.mesh.data_ranks))
     refuse_too_large(rehearsal, plan)
     whole_step = int(np.sort(plan.lengths)[-plan.examples :].sum())
     for tokens in _sizes(plan.tokens, whole_step):

@@ -26,24 +26,66 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """The optimizers' state of a parameter, by torch's names: AdamW's, and Muon's."""
 
 
+class Sums:
+    """The float32 sums of gradients that we make ourselves: of parameters with copies, and those added to in place."""
+
+    def __init__(self, masters: Mapping[str, Tensor]) -> None:
+        self.stay = False
+        """Whether a sum leaves its memory to that of the next step: on a processor fresh pages take longer than what is
+        written to them. Right where a step has several micro-batches, which find gradients in memory anyway."""
+        self._masters = masters
+        self._made: set[str] = set()
+        self._free: dict[str, Tensor] = {}
+
+    def of(self, name: str) -> Tensor:
+        """The sum so far, to be added to."""
+        master = self._masters[name]
+        if master.grad is None:
+            master.grad = self._memory(name).zero_()
+        return master.grad
+
+    @torch.no_grad()
+    def take(self, name: str, copy: Tensor) -> None:
+        """Add a copy's finished gradient, and free it."""
+        if copy.grad is None:  # it was added to the master's in place
+            return
+        master = self._masters[name]
+        if master.grad is None:
+            master.grad = self._memory(name).copy_(copy.grad)
+        else:  # of an embedding, the rows it met, which are added to a sum that is there
+            master.grad.add_(copy.grad.to(master.dtype))
+        copy.grad = None
+
+    def _memory(self, name: str) -> Tensor:
+        """Of any content."""
+        self._made.add(name)
+        return self._free.pop(name) if name in self._free else torch.empty_like(self._masters[name])
+
+    def leave(self) -> None:
+        """The step is done, and sums are of no use; their memory is, where it is to stay."""
+        made = {name: self._masters[name].grad for name in self._made if self.stay}
+        self._free |= {name: gradient for name, gradient in made.items() if gradient is not None}
+
+    def clear(self) -> None:
+        """Give up what is kept for the next step."""
+        self._free.clear()
+
+
 class Optimizer:
     """The trained parameters by name: their float32 masters, gradients and moments."""
 
     def __init__(self, model: nn.Module, settings: Optim, precision: str) -> None:
         self._copies = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._settings = settings
-        self.keeps_memory = False
-        """Whether gradients leave their memory to those of the next step: on a processor fresh pages take longer than
-        what is written to them. Right where a step has several micro-batches, which find gradients there anyway."""
-        self._made: set[str] = set()
-        self._free: dict[str, Tensor] = {}
         self.masters: Mapping[str, Tensor] = self._copies
         self._names = {copy: name for name, copy in self._copies.items()}
         if precision == "bfloat16":
             self.masters = {name: copy.detach().clone() for name, copy in self._copies.items()}
             _narrow(model)
-            for name, copy in self._copies.items():
-                copy.register_post_accumulate_grad_hook(functools.partial(self._move_gradient, name))
+        self.sums = Sums(self.masters)
+        for name, copy in self._copies.items():
+            if copy is not self.masters[name]:  # the hook knows no copy: a circle through it is never collected
+                copy.register_post_accumulate_grad_hook(functools.partial(self.sums.take, name))
         self.matrices = hidden_matrices(model) & self.masters.keys() if settings.name == "muon" else set()
         """The names of the parameters that Muon moves."""
         self.factors = factors(self.masters, settings.rates)
@@ -88,38 +130,17 @@ class Optimizer:
     def total(self, parameter: Tensor) -> Tensor | None:
         """The sum of a trained parameter's gradients so far, in float32, to be added to; None for one not trained."""
         name = self._names.get(parameter)
-        if name is None:
-            return None
-        if self.masters[name].grad is None:
-            self.masters[name].grad = self._memory(name).zero_()
-        return self.masters[name].grad
-
-    def _memory(self, name: str) -> Tensor:
-        """What a gradient's sum is written to, of any content."""
-        self._made.add(name)
-        return self._free.pop(name) if name in self._free else torch.empty_like(self.masters[name])
-
-    @torch.no_grad()
-    def _move_gradient(self, name: str, copy: Tensor) -> None:
-        """Add a copy's finished gradient to its master's float32 sum, and free it."""
-        if copy.grad is None:  # it was added to the master's in place
-            return
-        master = self.masters[name]
-        if master.grad is None:
-            master.grad = self._memory(name).copy_(copy.grad)
-        else:  # of an embedding, the rows it met, which are added to a sum that is there
-            master.grad.add_(copy.grad.to(master.dtype))
-        copy.grad = None
+        return None if name is None else self.sums.of(name)
 
     def forget(self) -> None:
-        """Drop the gradient; weights and moments stay what they are."""
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        """Drop the gradient and its memory; weights and moments stay what they are."""
+        self.sums.clear()
+        for master in self.masters.values():
+            master.grad = None
 
     def begin_again(self) -> None:
         """Drop gradients and moments, as before the first step."""
         self.forget()
-        self._free.clear()
         for optimizer in self._optimizers:
             optimizer.state.clear()
 
@@ -132,22 +153,28 @@ class Optimizer:
                 else:
                     group["lr"] = learning_rate * group["factor"]
             self._move(optimizer)
-        self._leave_gradients()
+        self.sums.leave()
+        for master in self.masters.values():
+            master.grad = None
         self._write_copies()
 
-    def _leave_gradients(self) -> None:
-        """Gradients are gone; the memory of those that we made is kept where that is wanted."""
-        made = {name: self.masters[name].grad for name in self._made if self.keeps_memory}
-        self._free |= {name: gradient for name, gradient in made.items() if gradient is not None}
-        self.forget()
-
-    def try_update(self) -> None:
-        """Make the moments of a first update, which moves nothing; gradients stay, clipped."""
-        self.clip()
-        gradients = [(master, master.grad) for master in self.masters.values()]
+    def as_in_a_later_step(self, *, gradients: bool) -> None:
+        """Moments of every parameter, all 0, by an update that moves nothing; and `gradients`, all 0, where wanted."""
+        for master in self.masters.values():
+            master.grad = torch.zeros_like(master)
+        zeros = [master.grad for master in self.masters.values()]
         self.step(0.0)
-        for master, gradient in gradients:
-            master.grad = gradient
+        for master, zero in zip(self.masters.values(), zeros, strict=True):
+            master.grad = zero if gradients else None
+
+    def later_bytes(self, place: torch.device, *, gradients: bool) -> int:
+        """Of this process, what moments, and `gradients` where wanted, take on a device."""
+        each = 1.0 if self._settings.name == "adamw8bit" else 4.0
+        own = {name: fsdp.own_part(master) for name, master in self.masters.items()}
+        return round(sum(
+            one.numel() * ((4 if gradients else 0) + each * (1 if name in self.matrices else 2))
+            for name, one in own.items() if one.device.type == place.type
+        ))
 
     def _move(self, optimizer: torch.optim.Optimizer) -> None:
         if self._settings.name == "adamw8bit":

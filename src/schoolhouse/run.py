@@ -106,6 +106,7 @@ class Run:
             self._examine(step)
 
     def _examine(self, step: int) -> None:
+        self.optimizer.forget()  # what is kept for the next gradient
         settings = self.recipe.exam
         score, samples = evaluate.exam(
             self.student, self.served, self.questions, graders.grader(settings.grader), settings, self.recipe.seed
@@ -200,7 +201,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     found = _newest(run, back.strict)
     _describe(run, recipe, rules)
     fitting.refuse_too_large(rehearsal, plan)
-    optimizer.keeps_memory = plan.several and student.device.type == "cpu"
+    optimizer.sums.stay = plan.several(mesh.data_ranks) and student.device.type == "cpu"
     _resume(run, found)
     return run
 

@@ -42,6 +42,7 @@ from schoolhouse.errors import ModelError
 from schoolhouse.model import fourbit, load, sight, spread
 from schoolhouse.model.teaching import Teaching
 from schoolhouse.optim import Optimizer
+from schoolhouse.parallel import fsdp
 from schoolhouse.parallel.mesh import ALONE, Mesh
 from schoolhouse.types import MicroBatch, PlannedStep, Step
 
@@ -146,7 +147,7 @@ def stir(model: nn.Module) -> None:
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
             whole = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * STIRRED
             held = whole if not isinstance(parameter, DTensor) else _part(whole, parameter)
-            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).add_(held.to(parameter.device))
+            fsdp.own_part(parameter).add_(held.to(parameter.device))
 
 
 def _part(whole: Tensor, like: DTensor) -> Tensor:

@@ -56,11 +56,18 @@ class Plan:
         """Steps that see every example once; the last one may be smaller."""
         return -(-len(self.lengths) // self.examples)
 
-    @property
-    def several(self) -> bool:
-        """Whether a process may have several micro-batches in a step: as of one of the longest examples."""
-        longest = np.partition(self.lengths, -min(self.examples, len(self.lengths)))[-self.examples :]
-        return len(packs.partition(longest, self.tokens, self.ranks)) > self.ranks
+    def several(self, ranks: int) -> bool:
+        """Whether one of `ranks` data ranks may have several micro-batches in a step.
+
+        A pack that goes to the emptiest of them finds room there if all tokens, and those of the longest example on
+        every other rank, find room together (Graham, 1969, doi:10.1137/0117039).
+        """
+        longest, computed = int(self.lengths.max()), self.lengths
+        begun = 0
+        if self.split is not None and self.shares:
+            computed, begun = computed - self.split.shared, longest  # a step may begin inside a row
+        most = np.partition(computed, -min(self.examples, len(computed)))[-self.examples :]
+        return ranks < self.ranks or int(most.sum()) + begun + (ranks - 1) * longest > self.tokens * ranks
 
     def position(self, index: int) -> Position:
         """Where the data stream stands after step `index` (0: before the first)."""

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from schoolhouse.parallel.fsdp import own_part
 from schoolhouse.shares import share_out
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -48,7 +49,7 @@ class Muon(torch.optim.Optimizer):
         for members in _rounds(moved):
             updates = [self._momentum(one, group["momentum"]) for one, group in members]
             for (one, group), update in zip(members, _all([one for one, _ in members], updates), strict=True):
-                own, rate = _own(one), group["lr"]
+                own, rate = own_part(one), group["lr"]
                 own.mul_(1 - rate * group["weight_decay"])
                 own.add_(update.to(own.device), alpha=-rate * STEP * math.sqrt(max(one.shape)))
 
@@ -57,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[matrix]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix.grad)
-        own, mean = _own(matrix.grad), _own(state["momentum_buffer"])
+        own, mean = own_part(matrix.grad), own_part(state["momentum_buffer"])
         return own.lerp(mean.lerp_(own, 1 - momentum), momentum)
 
 
@@ -93,11 +94,6 @@ def _each(matrices: Sequence[Tensor]) -> list[Tensor]:
     """`orthogonal` of each matrix, those of one shape that follow one another together."""
     alike = (list(some) for _, some in groupby(matrices, lambda one: one.shape))
     return [one for some in alike for one in orthogonal(torch.stack(some))]
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _numbers(tensor: Tensor, place: torch.device) -> Tensor:

@@ -118,6 +118,11 @@ def expect(student: nn.Module, *, last: bool) -> None:
         student.set_requires_all_reduce(last)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def rest(student: nn.Module) -> None:
     """Cut the student's own weights again after a forward without a backward, which leaves them whole."""
     if isinstance(student, FSDPModule):
