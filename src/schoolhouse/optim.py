@@ -169,10 +169,9 @@ class Optimizer:
 
     def later_bytes(self, place: torch.device, *, gradients: bool) -> int:
         """Of this process, what moments, and `gradients` where wanted, take on a device."""
-        each = 1.0 if self._settings.name == "adamw8bit" else 4.0
         own = {name: fsdp.own_part(master) for name, master in self.masters.items()}
         return round(sum(
-            one.numel() * ((4 if gradients else 0) + each * (1 if name in self.matrices else 2))
+            one.numel() * ((4 if gradients else 0) + self._moments_of_a_weight(name))
             for name, one in own.items() if one.device.type == place.type
         ))
 
@@ -184,10 +183,14 @@ class Optimizer:
 
     def saved_bytes(self) -> int:
         """Bytes of weights and moments in a checkpoint, of all processes together."""
-        each = 1.0 if self._settings.name == "adamw8bit" else 4.0  # of one number of a moment
         return round(sum(
-            master.numel() * (4 + each * (1 if name in self.matrices else 2)) for name, master in self.masters.items()
+            master.numel() * (4 + self._moments_of_a_weight(name)) for name, master in self.masters.items()
         ))
+
+    def _moments_of_a_weight(self, name: str) -> float:
+        """Bytes: two of AdamW, one of Muon."""
+        each = 1.0 if self._settings.name == "adamw8bit" else 4.0
+        return each * (1 if name in self.matrices else 2)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 masters by the model's parameter names."""
