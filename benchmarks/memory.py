@@ -16,18 +16,20 @@ import ctypes
 import dataclasses
 import datetime
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig
 
 from schoolhouse import estimate, fitting, loss, memory, overview, places
 from schoolhouse import recipe as recipes
 from schoolhouse.data import loader, served
 from schoolhouse.data import plan as plans
-from schoolhouse.model import attention, blocks, load, lora, sight
+from schoolhouse.model import attention, blocks, elementwise, load, lora, sight
 from schoolhouse.model.load import Student
 from schoolhouse.model.shared_prefixes import unfolded
 from schoolhouse.model.teaching import Drawn
@@ -111,6 +113,8 @@ def _saved_on_meta(recipe: Any, directory: Path, micro: MicroBatch) -> int:
     sight.freeze(model, recipe.model.freeze)
     if recipe.lora is not None:
         lora.inject(model, recipe.lora)
+    if not recipe.model.compile and not recipe.model.liger:
+        elementwise.lighten(model)
     if recipe.model.activation_checkpointing:
         selective = recipe.model.activation_checkpointing == "selective"
         blocks.compute_again(model.train(), recipe.model.precision, keep_attention=selective)
@@ -143,7 +147,12 @@ def _counted(model: torch.nn.Module) -> Iterator[dict[int, int]]:
             held.append(storage)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    def noted(pack: Callable, unpack: Callable) -> saved_tensors_hooks:
+        """Hooks of ours, which are asked instead of these."""
+        return saved_tensors_hooks(
+            lambda tensor: note(kept) if isinstance(kept := pack(tensor), torch.Tensor) else kept, unpack)
+
+    with saved_tensors_hooks(note, lambda tensor: tensor), patch.object(elementwise, "saved_tensors_hooks", noted):
         yield saved
     held.clear()
 

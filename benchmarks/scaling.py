@@ -90,7 +90,7 @@ def measured(length: int, vocabulary: int, width: int) -> dict:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from schoolhouse.config import Optim
-    from schoolhouse.model import attention, flops
+    from schoolhouse.model import attention, elementwise, flops
     from schoolhouse.model.load import Student
     from schoolhouse.optim import Optimizer
     from schoolhouse.types import MicroBatch
@@ -102,7 +102,9 @@ def measured(length: int, vocabulary: int, width: int) -> dict:
         num_attention_heads=width // 64, num_key_value_heads=max(1, width // 128), tie_word_embeddings=True,
         max_position_embeddings=length,
     )
-    student = Student(AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).train())
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).train()
+    elementwise.lighten(model)
+    student = Student(model)
     optimizer = Optimizer(student.model, Optim(), "float32")
     student.add_in_place(optimizer.total)
     weights = torch.zeros(1, length)

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from plain_sft import as_written
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from schoolhouse.data import loader, store, vision
 from schoolhouse.data.eyes import Grids, Squares
 from schoolhouse.data.vision import Sight
-from schoolhouse.model import attention, sight
+from schoolhouse.model import attention, elementwise, sight
 from schoolhouse.model.load import Student
 from schoolhouse.types import UNSUPERVISED, Example, Ledger, Origin, Picture, PlannedStep, Step
 
@@ -60,6 +61,7 @@ def student(family: str = "qwen3_vl", tied: bool = True, seed: int = 1) -> Stude
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    elementwise.lighten(model)
     return Student(model)
 
 
@@ -145,7 +147,7 @@ def plain_gradient(
 
     `added` is what becomes of the embeddings of each example's tokens.
     """
-    model = copy.deepcopy(model)
+    model = as_written(model)
     model.set_attn_implementation("eager")
     model.zero_grad()
     supervised = sum(float(row.weights.sum(dtype="float64")) for row in rows)

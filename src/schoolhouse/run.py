@@ -302,7 +302,7 @@ def _info(
         f"{trainable / parameters:.2%} trained",
         "way": lora.describe(model, recipe.lora) + fourbit.describe(model) if recipe.lora else "full fine-tuning",
         "precision": products.describe(run.student.device, recipe.model.precision),
-        "blocks": blocks.describe(recipe.model),
+        "blocks": blocks.describe(model, recipe.model),
         "objective": run.student.teaching.describe(),
         "optimizer": run.optimizer.describe(),
         "attention": f"packed and isolated, {run.student.kernels.said}; equal to {type(model).__name__}'s own to "

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse.config import Lora
-from schoolhouse.model import attention, flops, lora
+from schoolhouse.model import attention, elementwise, flops, lora
 from schoolhouse.model.load import Student
 from schoolhouse.starter import miniatures
 from schoolhouse.types import MicroBatch
@@ -31,6 +31,7 @@ def student(family: str, settings: Lora | None = None, **changes: object) -> Stu
     model.set_experts_implementation("eager")
     if settings is not None:
         lora.inject(model, settings)
+    elementwise.lighten(model)
     return Student(model)
 
 

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from plain_sft import as_written
 from transformers import PreTrainedModel
 
 from schoolhouse.model.teaching import Teaching
@@ -36,7 +36,7 @@ def taught_gradient(
     model: PreTrainedModel, examples: Sequence[Example], added: Teaching, seed: int, step: int
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradient of one step that teaches with these additions."""
-    model = copy.deepcopy(model)
+    model = as_written(model)
     model.set_attn_implementation("eager")
     model.zero_grad()
     supervised, total = sum(float(one.weights.sum(dtype="float64")) for one in examples), 0.0

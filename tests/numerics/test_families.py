@@ -12,7 +12,7 @@ from test_invariance import PACKS, check_equal, examples
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse.config import Lora
-from schoolhouse.model import attention, load, lora
+from schoolhouse.model import attention, elementwise, load, lora
 from schoolhouse.model.load import Student
 from schoolhouse.starter import miniatures
 
@@ -20,8 +20,9 @@ MIXTURES = ("qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
 LATENT = ("deepseek_v2", "deepseek_v3")
 
 
-def student(family: str, settings: Lora | None = None, **changes: object) -> Student:
-    """A miniature in float64 with weights large enough that every term of the gradient counts."""
+def student(family: str, settings: Lora | None = None, lighter: bool = True, **changes: object) -> Student:
+    """A miniature in float64 with weights large enough that every term of the gradient counts; `lighter`: not compiled,
+    and not by Liger's kernels."""
     attention.register()
     config = AutoConfig.for_model(**miniatures.settings(family, 97, **changes))
     torch.manual_seed(1)
@@ -33,6 +34,8 @@ def student(family: str, settings: Lora | None = None, **changes: object) -> Stu
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.ndim == 1 else 0.0))
+    if lighter:
+        elementwise.lighten(model)
     return Student(model)
 
 

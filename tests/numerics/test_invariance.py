@@ -16,7 +16,7 @@ from true_float64 import TrueFloat64
 from schoolhouse import train
 from schoolhouse.data import loader, store
 from schoolhouse.data.packs import partition
-from schoolhouse.model import attention
+from schoolhouse.model import attention, elementwise
 from schoolhouse.model.load import Student
 from schoolhouse.types import UNSUPERVISED, Example, Ledger, Origin, PlannedStep, Step
 
@@ -41,6 +41,7 @@ def student(family: str = "qwen3", tied: bool = True, **changes: object) -> Stud
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    elementwise.lighten(model)
     return Student(model)
 
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from schoolhouse.config import Model
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import attended, lora, products
+from schoolhouse.model import attended, elementwise, lora, products
 from schoolhouse.model.offload import Offload
 from schoolhouse.parallel import fsdp
 
@@ -67,12 +67,14 @@ def _computed_twice(
     forward: Callable, contexts: Callable, twice: Callable[[Callable], Callable] | None, *args: Any, **kwargs: Any
 ) -> Any:
     once = forward if twice is None else twice(forward)
-    return checkpoint(once, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    return checkpoint(elementwise.computed_again(once), *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-def describe(settings: Model) -> str:
-    """What is done to a model's blocks by these settings, each of which is in force or was refused."""
+def describe(model: nn.Module, settings: Model) -> str:
+    """What is done to a model's blocks by these settings, each of which is in force or was refused, and of itself."""
+    lighter = elementwise.lighter(model)
     done = {
+        f"{', '.join(lighter)} in fewer passes": bool(lighter),
         "with Liger's kernels": settings.liger, "multiplied in float8 where they are trained": settings.float8,
         "compiled where they are trained": settings.compile,
         "computed again in backward": settings.activation_checkpointing is True,

@@ -23,6 +23,7 @@ from schoolhouse.loss import Head
 from schoolhouse.model import (
     attention,
     blocks,
+    elementwise,
     families,
     float8,
     flops,
@@ -239,6 +240,8 @@ def load(
         lora.refuse_frozen_words(model)
     if settings.liger:
         kernels.fuse(model, computes_on or place)
+    elif not settings.compile:
+        elementwise.lighten(model)
     if settings.float8:
         float8.narrow(model, computes_on or place)
     (model if place.type == "cpu" else model.to(place)).train()  # it was read on the CPU
@@ -306,11 +309,12 @@ def prove(student: Student, seeing: Sight | None = None) -> Proof:
         with torch.no_grad():
             packed = student.loss(_pack(sequences, student.device, seeing, vision)).nll
             student.model.set_attn_implementation("eager")
-            alone = sum(
-                _own_loss(student.model, sequence.to(student.device), chosen.to(student.device), seeing, seen)
-                for sequence, chosen, seen in zip(
-                    sequences, _supervised(sequences), [*[None] * (len(sequences) - 1), vision], strict=True)
-            )
+            with elementwise.as_written(student.model):
+                alone = sum(
+                    _own_loss(student.model, sequence.to(student.device), chosen.to(student.device), seeing, seen)
+                    for sequence, chosen, seen in zip(
+                        sequences, _supervised(sequences), [*[None] * (len(sequences) - 1), vision], strict=True)
+                )
     finally:
         sight.attend(student.model, attention.NAME)
         student.model.train(training)

@@ -1,0 +1,230 @@
+"""Norms, rotations and gates in fewer passes: transformers' own bits in forward, its gradient to rounding, less kept.
+
+That the gradient of whole steps is a plain loop's, to 1e-9 in float64, is shown for every architecture elsewhere
+(`test_families`, `test_vision_invariance`), since those miniatures are lighter, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from schoolhouse.config import Lora
+from schoolhouse.model import elementwise, lora
+from schoolhouse.starter import miniatures
+
+ALL = ["gates", "norms", "rotations"]
+OTHERS = {
+    "seed_oss": ["norms", "rotations"],  # its feed-forward part may drop out
+    "qwen3_moe": ["norms", "rotations"],  # every part of it is experts
+    "deepseek_v2": ["gates", "norms"],  # turns by complex numbers
+    "gpt_oss": [],
+}
+
+
+def model(family: str, number: torch.dtype = torch.float32, settings: Lora | None = None) -> PreTrainedModel:
+    """A miniature whose every weight counts."""
+    torch.manual_seed(1)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**miniatures.settings(family, 97)), dtype=number)
+    if settings is not None:
+        lora.inject(made, settings)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    return made.train()
+
+
+def learnt(one: PreTrainedModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits of 80 tokens, and the gradient of their loss."""
+    ids = torch.arange(80).view(2, 40) * 7 % 97
+    one.zero_grad()
+    out = one(input_ids=ids, labels=ids)
+    out.loss.backward()
+    return out.logits, {name: each.grad.clone() for name, each in one.named_parameters() if each.grad is not None}
+
+
+def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The largest of any weight's gradient, relative to its length."""
+    assert found.keys() == wanted.keys()
+    pairs = [(found[name].double(), one.double()) for name, one in wanted.items()]
+    return max(float((each - one).norm() / one.norm()) for each, one in pairs)
+
+
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", miniatures.ARCHITECTURES)
+def test_every_architecture(family: str, number: torch.dtype) -> None:
+    """Forward is the same bit by bit; backward sums in another order: 6e-7 was seen in float32, 1.3e-2 in bfloat16,
+    where one rounding is 4e-3."""
+    one = model(family, number)
+    logits, wanted = learnt(one)
+    elementwise.lighten(one)
+    assert elementwise.lighter(one) == OTHERS.get(family, ALL)
+    found, gradients = learnt(one)
+    assert torch.equal(found, logits)
+    assert distance(gradients, wanted) < (2e-6 if number == torch.float32 else 4e-2)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_bfloat16_is_no_farther_from_the_truth(family: str) -> None:
+    """Against float64, over all weights: Llama's way rounds inside backward where ours does not."""
+    _, truth = learnt(model(family, torch.bfloat16).double())
+    one = model(family, torch.bfloat16)
+    _, own = learnt(one)
+    elementwise.lighten(one)
+    _, ours = learnt(one)
+    errors = [sum(float((each[name].double() - true).norm() / true.norm()) for name, true in truth.items())
+              for each in (own, ours)]
+    assert errors[1] <= 1.02 * errors[0]
+
+
+@pytest.mark.parametrize("kind", [llama.LlamaRMSNorm, qwen3.Qwen3RMSNorm])
+def test_the_norm_of_many_tokens(kind: type[nn.Module]) -> None:
+    """Sums over 65,536 rows in float32, one after another, against float64: 2.3e-6 was seen."""
+    torch.manual_seed(0)
+    norm, states = kind(64), torch.randn(1, 65536, 64)
+    norm.weight.data.normal_()
+    elementwise.lighten(norm)
+    states.requires_grad_()
+    above = torch.randn_like(states)
+    norm(states).backward(above)
+    true, weight = states.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    (weight * true * torch.rsqrt(true.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)).backward(above.double())
+    found, wanted = (dict(enumerate(each)) for each in ((states.grad, norm.weight.grad), (true.grad, weight.grad)))
+    assert distance(found, wanted) < 6e-6
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
+def test_a_norm_in_another_format_than_its_states(weight: torch.dtype) -> None:
+    norm, states = llama.LlamaRMSNorm(48).to(weight), torch.randn(3, 5, 48, dtype=torch.bfloat16, requires_grad=True)
+    wanted = norm(states)
+    wanted.float().sum().backward()
+    of_states, states.grad = states.grad, None
+    elementwise.lighten(norm)
+    found = norm(states)
+    found.float().sum().backward()
+    assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+    assert states.grad.dtype == torch.bfloat16 and norm.weight.grad.dtype == weight
+    torch.testing.assert_close(states.grad, of_states, rtol=2e-2, atol=2e-2)
+
+
+def test_angles_in_another_format_than_their_states() -> None:
+    """As transformers widens them."""
+    query, key = (torch.randn(1, heads, 7, 16, dtype=torch.bfloat16) for heads in (4, 2))
+    angles = torch.randn(1, 7, 16)
+    pairs = zip(elementwise._turned(query, key, angles.cos(), angles.sin()),
+                llama.apply_rotary_pos_emb(query, key, angles.cos(), angles.sin()), strict=True)
+    assert all(found.dtype == torch.float32 and torch.equal(found, wanted) for found, wanted in pairs)
+
+
+def kept(one: PreTrainedModel) -> list[bool]:
+    """Of each gated layer, whether the product of its halves is in memory between forward and backward."""
+    seen: list[StorageWeakRef] = []
+    hooks = [layer.mlp.down_proj.register_forward_pre_hook(
+        lambda _, given: seen.append(StorageWeakRef(given[0].untyped_storage()))) for layer in one.model.layers]
+    loss = one(input_ids=torch.arange(40)[None], labels=torch.arange(40)[None]).loss
+    found = [not each.expired() for each in seen]
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_the_product_of_a_gate_is_not_kept() -> None:
+    one = model("qwen3")
+    assert kept(one) == [True] * len(one.model.layers)
+    elementwise.lighten(one)
+    assert kept(one) == [False] * len(one.model.layers)
+
+
+@pytest.mark.parametrize("settings", [
+    None, Lora(rank=4), Lora(rank=4, dropout=0.5), Lora(rank=4, dropout=0.5, targets=("down_proj",)),
+], ids=["full", "lora", "dropout", "down alone"])
+def test_gates_alone_change_no_bit(settings: Lora | None) -> None:
+    """Also where memory of what is made again is taken by other tensors of its size, as those of a dropout."""
+    one = model("qwen3", settings=settings)
+    torch.manual_seed(3)
+    logits, wanted = learnt(one)
+    elementwise.lighten(one)
+    for module in one.modules():
+        if not isinstance(module, qwen3.Qwen3MLP):
+            vars(module).pop("forward", None)
+    assert elementwise.lighter(one) == ["gates"]
+    for _ in range(2):
+        torch.manual_seed(3)
+        found, gradients = learnt(one)
+        assert torch.equal(found, logits) and gradients.keys() == wanted.keys()
+        assert all(torch.equal(gradients[name], each) for name, each in wanted.items())
+
+
+def test_backward_may_run_twice() -> None:
+    one = model("qwen3")
+    elementwise.lighten(one)
+    out = one(input_ids=torch.arange(40)[None], labels=torch.arange(40)[None])
+    first, second = (torch.autograd.grad(out.loss, list(one.parameters()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+class _Other(llama.LlamaRMSNorm):
+    """Llama's but for one number."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(3).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+class _Same(llama.LlamaRMSNorm):
+    """Llama's, written again."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Said of it."""
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+def test_a_part_is_known_by_its_code() -> None:
+    assert elementwise.lighten(_Other(8)) == 0 and elementwise.lighten(_Same(8)) == 1
+    given = _Same(8)
+    given.forward = types.MethodType(lambda self, states: states, given)
+    assert elementwise.lighten(given) == 0, "what was given another forward keeps it"
+
+
+def test_another_rotation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same function around other halves."""
+    own = qwen3.apply_rotary_pos_emb
+    names = {**own.__globals__, "rotate_half": lambda x: x}
+    other = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__)
+    monkeypatch.setattr(qwen3, "apply_rotary_pos_emb", other)
+    elementwise._turning.cache_clear()
+    one = model("qwen3")
+    elementwise.lighten(one)
+    elementwise._turning.cache_clear()
+    assert elementwise.lighter(one) == ["gates", "norms"]
+
+
+def test_nothing_but_this_model_is_lighter() -> None:
+    """Neither transformers' modules nor another model of the class; a copy computes with its own weights."""
+    one, other = model("qwen3"), model("qwen3")
+    elementwise.lighten(one)
+    assert not elementwise.lighter(other) and qwen3.apply_rotary_pos_emb.__module__.startswith("transformers.")
+    with elementwise.as_written(one):
+        assert not elementwise.lighter(one)
+    assert elementwise.lighter(one) == ALL
+    twin = copy.deepcopy(one)
+    with torch.no_grad():
+        for weight in one.parameters():
+            weight.zero_()
+    assert torch.equal(learnt(twin)[0], learnt(other)[0])
