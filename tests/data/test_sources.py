@@ -493,12 +493,12 @@ def test_a_starter_lesson():
     assert len(fingerprints) == 2
 
 
-def test_reading_needs_neither_torch_nor_datasets(tmp_path):
+def test_reading_lines_needs_neither_torch_nor_datasets_nor_arrow(tmp_path):
     code = (
         "import sys; from schoolhouse.config import Rows, Source; from schoolhouse.data import formats, sources\n"
         "source = Source(path=sys.argv[1]); sources.fingerprint(source)\n"
         "assert all(formats.to_conversation(row, Rows(), origin) for origin, row in sources.read(source))\n"
-        "print([name for name in ('torch', 'transformers', 'datasets', 'pandas') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow') if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(write(tmp_path, ".jsonl"))], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Arrow tables to plain rows, undoing what Arrow does to conversations.
+"""Arrow tables, and files of them, to plain rows, undoing what Arrow does to conversations.
 
 A struct column has one set of fields for all its rows: writing `{"a": 1}` and `{"b": 2}` gives every row both, and a
 null in place of the one it did not have. Nobody can tell such a null from one that was meant. The rule here:
@@ -13,18 +13,70 @@ So real nulls of schemas and arguments survive in JSON (strings or the JSON type
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-ERRORS = (pa.ArrowException, ValueError)
-"""What reading damaged tables raises; a ValueError for broken UTF-8, broken JSON, and a field that is there twice."""
+BATCH = 256
+"""Rows of a table in memory at a time."""
+MARK = b"ARROW1"
+"""What a file in Arrow's file format begins with."""
 
 _Mend = Callable[[Any], Any]
 _CONTENT = ("role", "from", "content", "value")
 _CALLS = ("tool_calls", "function_call", "tools", "functions")
+
+
+@contextlib.contextmanager
+def faults() -> Iterator[None]:
+    """Whatever Arrow finds wrong inside is a ValueError, as broken UTF-8, broken JSON and a field that is there twice
+    are already; what the system finds is an OSError."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from error
+
+
+def of_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a `.parquet` file; raises OSError and ValueError."""
+    # By default pyarrow reads ahead whole row groups, which may be the whole file; this way it holds pages.
+    with faults(), pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
+        for batch in file.iter_batches(BATCH):
+            yield from rows(batch)
+
+
+def of_arrow(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file in Arrow's file format, or its stream format, which the datasets library writes; mapped, not
+    read as a whole. Raises OSError and ValueError."""
+    with faults(), pa.memory_map(str(path)) as file:
+        for batch in _batches(file):
+            batch.validate(full=True)  # offsets of a damaged file would be followed out of the map
+            for start in range(0, batch.num_rows, BATCH):
+                yield from rows(batch.slice(start, BATCH))
+
+
+def count(path: Path) -> int:
+    """How many rows a `.parquet` or `.arrow` file has; raises OSError and ValueError."""
+    with faults():
+        if path.name.lower().endswith(".parquet"):
+            return pq.read_metadata(path).num_rows
+        with pa.memory_map(str(path)) as file:
+            return sum(batch.num_rows for batch in _batches(file))
+
+
+def _batches(file: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+    whole = file.size() >= len(MARK) and file.read(len(MARK)) == MARK
+    file.seek(0)
+    if whole:
+        reader = pa.ipc.open_file(file)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        yield from pa.ipc.open_stream(file)
 
 
 def rows(table: pa.Table | pa.RecordBatch) -> Iterator[dict[str, Any]]:

@@ -14,23 +14,15 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from schoolhouse.data import arrow
 from schoolhouse.errors import DataError
 
 Row = dict[str, Any] | DataError
 LONGEST_LINE = 64 * 2**20
 """Bytes of the longest line of a `.jsonl` file, characters of the longest cell of a `.csv` file; a longer one is a bad
 row, and is never held in memory as a whole."""
-BATCH = 256
-"""Rows of a `.parquet` or `.arrow` file in memory at a time."""
-
-ARROW = b"ARROW1"
-"""What a file in Arrow's file format begins with."""
 
 
 def kind(path: Path) -> str | None:
@@ -43,7 +35,7 @@ def rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     """Every row of a file, with its line in a line-based file, else its position; `name` stands in errors."""
     try:
         yield from READERS[kind(path)](path, name)
-    except (OSError, EOFError, zlib.error, csv.Error, *arrow.ERRORS) as error:
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
         raise DataError(
             f"the file cannot be read: {error}", required=f"a whole {kind(path)} file; texts in UTF-8", where=name,
             remedy="check that it was copied completely, its permissions, and its encoding",
@@ -57,12 +49,9 @@ def count(path: Path) -> int | None:
             case ".jsonl" | ".ndjson":
                 with path.open("rb") as file:
                     return sum(block.count(b"\n") for block in iter(functools.partial(file.read, 2**20), b""))
-            case ".parquet":
-                return pq.read_metadata(path).num_rows
-            case ".arrow":
-                with pa.memory_map(str(path)) as file:
-                    return sum(batch.num_rows for batch in _arrow_batches(file))
-    except (OSError, *arrow.ERRORS):
+            case ".parquet" | ".arrow":
+                return arrow().count(path)
+    except (OSError, ValueError):
         return None  # whoever reads it will say what is wrong
     return None
 
@@ -184,40 +173,17 @@ def _bad_cells(found: str, where: str, header: list[str]) -> DataError:
     )
 
 
-def _parquet(path: Path, name: str) -> Iterator[tuple[int, Row]]:
-    number = 0
-    # By default pyarrow reads ahead whole row groups, which may be the whole file; this way it holds pages.
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
-        for batch in file.iter_batches(BATCH):
-            for row in arrow.rows(batch):
-                number += 1
-                yield number, row
+def arrow() -> ModuleType:
+    """The reader of Arrow's tables; most runs need none of the 30 MiB that pyarrow takes."""
+    from schoolhouse.data import arrow as tables
 
-
-def _arrow(path: Path, name: str) -> Iterator[tuple[int, Row]]:
-    """Arrow's file format, or its stream format, which the datasets library writes; mapped, not read as a whole."""
-    number = 0
-    with pa.memory_map(str(path)) as file:
-        for batch in _arrow_batches(file):
-            batch.validate(full=True)  # offsets of a damaged file would be followed out of the map
-            for start in range(0, batch.num_rows, BATCH):
-                for row in arrow.rows(batch.slice(start, BATCH)):
-                    number += 1
-                    yield number, row
-
-
-def _arrow_batches(file: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
-    whole = file.size() >= len(ARROW) and file.read(len(ARROW)) == ARROW
-    file.seek(0)
-    if whole:
-        reader = pa.ipc.open_file(file)
-        yield from map(reader.get_batch, range(reader.num_record_batches))
-    else:
-        yield from pa.ipc.open_stream(file)
+    return tables
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Row]]]] = {
     ".jsonl": _jsonl, ".ndjson": _jsonl, ".jsonl.gz": _jsonl, ".ndjson.gz": _jsonl,
-    ".json": _json, ".csv": _csv, ".parquet": _parquet, ".arrow": _arrow,
+    ".json": _json, ".csv": _csv,
+    ".parquet": lambda path, name: enumerate(arrow().of_parquet(path), 1),
+    ".arrow": lambda path, name: enumerate(arrow().of_arrow(path), 1),
 }
 """The reader of each suffix."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from schoolhouse.config import Source
-from schoolhouse.data import arrow, files
+from schoolhouse.data import files
 from schoolhouse.errors import DataError
 from schoolhouse.types import Origin
 
@@ -230,10 +230,12 @@ def _chosen(splits: Sequence[str], wanted: str | None, where: str) -> str:
 
 def _rows_of_dataset(dataset: Dataset, source: Source) -> Iterator[dict[str, Any]]:
     """The rows as they are stored: images stay unread."""
+    arrow = files.arrow()
     try:
-        for table in dataset.with_format("arrow").iter(files.BATCH):
-            yield from arrow.rows(table)
-    except (OSError, *arrow.ERRORS) as error:
+        with arrow.faults():
+            for table in dataset.with_format("arrow").iter(arrow.BATCH):
+                yield from arrow.rows(table)
+    except (OSError, ValueError) as error:
         raise _unreadable(error, source) from None
 
 
