@@ -149,8 +149,11 @@ def _counted(model: torch.nn.Module) -> Iterator[dict[int, int]]:
 
     def noted(pack: Callable, unpack: Callable) -> saved_tensors_hooks:
         """Hooks of ours, which are asked instead of these."""
-        return saved_tensors_hooks(
-            lambda tensor: note(kept) if isinstance(kept := pack(tensor), torch.Tensor) else kept, unpack)
+        def both(tensor: torch.Tensor) -> tuple[torch.Tensor | None, Any]:
+            saved, how = pack(tensor)
+            return saved if saved is None else note(saved), how
+
+        return saved_tensors_hooks(both, unpack)
 
     with saved_tensors_hooks(note, lambda tensor: tensor), patch.object(elementwise, "saved_tensors_hooks", noted):
         yield saved

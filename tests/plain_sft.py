@@ -21,6 +21,8 @@ def as_written(model: PreTrainedModel) -> PreTrainedModel:
     model = copy.deepcopy(model)
     for module in model.modules():
         vars(module).pop("forward", None)
+        if type(module).__module__.startswith("schoolhouse."):
+            module.__class__ = type(module).__base__
     return model
 
 

@@ -15,7 +15,7 @@ import torch
 from schoolhouse import cli, selfcheck
 from schoolhouse.config import Recipe
 from schoolhouse.errors import ModelError
-from schoolhouse.model import layouts
+from schoolhouse.model import elementwise, layouts
 from schoolhouse.types import Shared
 
 RECIPE = {
@@ -64,6 +64,20 @@ def test_a_leak_between_examples_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(SystemExit) as caught:
         cli.main(["selfcheck", str(path), "--rows", "3"])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("part", [elementwise._Norm, elementwise._Turn])
+def test_a_wrong_gradient_of_ours_is_seen(monkeypatch: pytest.MonkeyPatch, cache: Path, part: type) -> None:
+    """The plain side has none of our parts."""
+    own = part.backward
+
+    def wrong(ctx: Any, above: torch.Tensor) -> tuple:
+        first, *rest = own(ctx, above)
+        return 1.01 * first, *rest
+
+    monkeypatch.setattr(part, "backward", staticmethod(wrong))
+    with pytest.raises(ModelError, match=r"of 14 .* most of all"):
+        selfcheck.refuse(selfcheck.selfcheck(Recipe.model_validate(RECIPE), rows=3), "test")
 
 
 @pytest.mark.parametrize("axis", ["ulysses", "shard"])

@@ -7,18 +7,20 @@ That the gradient of whole steps is a plain loop's, to 1e-9 in float64, is shown
 from __future__ import annotations
 
 import copy
+import gc
 import types
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from schoolhouse.config import Lora
-from schoolhouse.model import elementwise, lora
+from schoolhouse.model import blocks, elementwise, lora
 from schoolhouse.starter import miniatures
 
 ALL = ["gates", "norms", "rotations"]
@@ -55,7 +57,7 @@ def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) ->
     """The largest of any weight's gradient, relative to its length."""
     assert found.keys() == wanted.keys()
     pairs = [(found[name].double(), one.double()) for name, one in wanted.items()]
-    return max(float((each - one).norm() / one.norm()) for each, one in pairs)
+    return float(torch.stack([(each - one).norm() / one.norm() for each, one in pairs]).max())  # of no number, none
 
 
 @pytest.mark.parametrize("number", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -115,33 +117,113 @@ def test_a_norm_in_another_format_than_its_states(weight: torch.dtype) -> None:
     torch.testing.assert_close(states.grad, of_states, rtol=2e-2, atol=2e-2)
 
 
-def test_angles_in_another_format_than_their_states() -> None:
-    """As transformers widens them."""
-    query, key = (torch.randn(1, heads, 7, 16, dtype=torch.bfloat16) for heads in (4, 2))
-    angles = torch.randn(1, 7, 16)
-    pairs = zip(elementwise._turned(query, key, angles.cos(), angles.sin()),
-                llama.apply_rotary_pos_emb(query, key, angles.cos(), angles.sin()), strict=True)
-    assert all(found.dtype == torch.float32 and torch.equal(found, wanted) for found, wanted in pairs)
+@pytest.mark.parametrize("angles", [
+    torch.randn(1, 7, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16, requires_grad=True),
+    torch.randn(2, 7, 16, dtype=torch.float64), torch.randn(2, 7, 16).half(),
+], ids=["of all rows", "of each row", "learnt", "wider", "narrower"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_states_are_turned_as_transformers_turns_them(angles: torch.Tensor, rows: int) -> None:
+    """By whatever angles, those of both halves different: values bit by bit, gradients of all that is learnt."""
+    found, wanted = [], []
+    for turn, results in ((elementwise._turned, found), (llama.apply_rotary_pos_emb, wanted)):
+        torch.manual_seed(2)
+        states = [torch.randn(rows, heads, 7, 16, requires_grad=True) for heads in (4, 2)]
+        cos, sin = (one.detach().requires_grad_(angles.requires_grad) for one in (angles.cos(), angles.sin()))
+        turned = turn(*states, cos, sin)
+        sum((one * torch.randn_like(one)).sum() for one in turned).backward()
+        results += [*turned, *(one.grad for one in (*states, cos, sin) if one.grad is not None)]
+    assert len(found) == (6 if angles.requires_grad else 4)
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
-def kept(one: PreTrainedModel) -> list[bool]:
-    """Of each gated layer, whether the product of its halves is in memory between forward and backward."""
-    seen: list[StorageWeakRef] = []
-    hooks = [layer.mlp.down_proj.register_forward_pre_hook(
-        lambda _, given: seen.append(StorageWeakRef(given[0].untyped_storage()))) for layer in one.model.layers]
+def kept(one: PreTrainedModel) -> list[int]:
+    """How many of the four wide matrices of each gated layer are in memory between forward and backward."""
+    seen: list[list[StorageWeakRef]] = []
+    hooks = []
+    for layer in one.model.layers:
+        own: list[StorageWeakRef] = []
+        seen.append(own)
+        hooks += [
+            each.register_forward_hook(lambda _, __, out, own=own: own.append(StorageWeakRef(out.untyped_storage())))
+            for each in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.act_fn)
+        ]
+        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, given, own=own: own.append(StorageWeakRef(given[0].untyped_storage()))))
     loss = one(input_ids=torch.arange(40)[None], labels=torch.arange(40)[None]).loss
-    found = [not each.expired() for each in seen]
-    loss.backward()
+    found = [sum(not each.expired() for each in own) for own in seen]
     for hook in hooks:
         hook.remove()
+    loss.backward()
     return found
 
 
-def test_the_product_of_a_gate_is_not_kept() -> None:
+def test_a_gated_layer_keeps_two_matrices_of_four() -> None:
+    """None where all of the block is computed again; and not more than transformers where little of it is learnt."""
     one = model("qwen3")
-    assert kept(one) == [True] * len(one.model.layers)
+    assert kept(one) == [4] * len(one.model.layers)
     elementwise.lighten(one)
-    assert kept(one) == [False] * len(one.model.layers)
+    assert kept(one) == [2] * len(one.model.layers)
+    blocks.compute_again(one)
+    assert kept(one) == [0] * len(one.model.layers)
+    little = Lora(rank=4, targets=("down_proj",))
+    one = model("qwen3", settings=little)
+    before = kept(one)
+    elementwise.lighten(one)
+    assert all(now <= then for now, then in zip(kept(one), before, strict=True)) and before[0] == 1
+
+
+class _InItsPlace(nn.Module):
+    """A layer that drops out in the memory of what it is given."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.layer(nn.functional.dropout(states, 0.5, training=True, inplace=True))
+
+
+@pytest.mark.parametrize("part", ["act_fn", "down_proj"])
+def test_what_is_changed_in_place_is_kept_as_it_is(part: str) -> None:
+    """An activation in the gate's memory, a dropout in the product's."""
+    one = model("qwen3")
+    for layer in one.model.layers:
+        layer.mlp.act_fn = nn.SiLU(inplace=True) if part == "act_fn" else nn.SiLU()
+        if part == "down_proj":
+            layer.mlp.down_proj = _InItsPlace(layer.mlp.down_proj)
+    torch.manual_seed(3)
+    _, wanted = learnt(one)
+    elementwise.lighten(one)
+    torch.manual_seed(3)
+    _, found = learnt(one)
+    assert distance(found, wanted) < 2e-6
+
+
+def test_what_backward_needs_may_not_change() -> None:
+    """As autograd itself says it, of weights and of what the product is made of again."""
+    for name in ("down_proj", "gate_proj"):
+        one = model("qwen3")
+        elementwise.lighten(one)
+        mlp, seen = one.model.layers[0].mlp, []
+        mlp.gate_proj.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        loss = one(input_ids=torch.arange(40)[None], labels=torch.arange(40)[None]).loss
+        with torch.no_grad():
+            (seen[0] if name == "gate_proj" else mlp.down_proj.weight).mul_(2)
+        with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+            loss.backward()
+
+
+def test_weights_go_with_their_model() -> None:
+    """At once, not when circles are looked for."""
+    one = model("qwen3")
+    elementwise.lighten(one)
+    weights = [weakref.ref(module) for module in one.modules() if elementwise._is_lighter(module)]
+    gc.disable()
+    try:
+        del one
+        assert not any(each() is not None for each in weights)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("settings", [
@@ -154,8 +236,8 @@ def test_gates_alone_change_no_bit(settings: Lora | None) -> None:
     logits, wanted = learnt(one)
     elementwise.lighten(one)
     for module in one.modules():
-        if not isinstance(module, qwen3.Qwen3MLP):
-            vars(module).pop("forward", None)
+        if elementwise._is_lighter(module) and not isinstance(module, qwen3.Qwen3MLP):
+            module.__class__ = type(module).__base__
     assert elementwise.lighter(one) == ["gates"]
     for _ in range(2):
         torch.manual_seed(3)
@@ -213,6 +295,16 @@ def test_another_rotation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     elementwise.lighten(one)
     elementwise._turning.cache_clear()
     assert elementwise.lighter(one) == ["gates", "norms"]
+
+
+def test_what_stands_around_a_rotation_stays() -> None:
+    """transformers renames arguments of former versions: the cache that is handed in by either name is filled."""
+    one, cache = model("qwen3"), DynamicCache()
+    elementwise.lighten(one)
+    states = torch.randn(1, 3, one.config.hidden_size)
+    angles = one.model.rotary_emb(states, torch.arange(3)[None])
+    one.model.layers[0].self_attn(states, angles, None, past_key_values=cache)
+    assert cache.get_seq_length() == 3
 
 
 def test_nothing_but_this_model_is_lighter() -> None:

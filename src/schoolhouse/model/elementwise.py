@@ -21,24 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.activations import ACT2CLS
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama as llama
 
 ROTATION = "apply_rotary_pos_emb"
 """What transformers calls the function that turns queries and keys."""
-
+ACTIVATIONS = frozenset(one[0] if isinstance(one, tuple) else one for one in ACT2CLS.values())
+"""Classes of activations that give the same whenever they are asked."""
 
 _whole: ContextVar[bool] = ContextVar("whole", default=False)
 """Whether gated layers keep all that transformers keeps."""
 
 
 def lighten(model: nn.Module) -> int:
-    """Exchange the forward of every part of `model` that is known; how many there are."""
+    """Exchange the forward of every part of `model` that is known; how many there are.
+
+    A part's class becomes one made of it, so that nothing refers to the part that it would not outlive.
+    """
     found = 0
     for module in model.modules():
         forward = _forward(module)
         if forward is not None:
-            module.forward = types.MethodType(forward, module)
+            module.__class__ = _made(type(module), forward)
             found += 1
     return found
 
@@ -47,26 +52,21 @@ def lighten(model: nn.Module) -> int:
 def as_written(model: nn.Module) -> Iterator[None]:
     """Inside, the parts of `model` compute as transformers wrote them; not so a last feed-forward part that is told
     its targets (`last_block`), whose results are the same bits."""
-    lighter = {module: vars(module).pop("forward") for module in model.modules() if _is_lighter(module)}
+    classes = {module: type(module) for module in model.modules() if _is_lighter(module)}
+    for module, made in classes.items():
+        module.__class__ = made.__base__
     try:
         yield
     finally:
-        for module, forward in lighter.items():
-            module.forward = forward
+        for module, made in classes.items():
+            module.__class__ = made
 
 
 def lighter(model: nn.Module) -> list[str]:
     """Which kinds of parts of `model` have another forward than transformers'."""
     kinds = {_norm: "norms", _norm_of_gemma: "norms", _gated: "gates"}
-    found = (module.forward.__func__ for module in model.modules() if _is_lighter(module))
+    found = (type(module).forward for module in model.modules() if _is_lighter(module))
     return sorted({kinds.get(forward, "rotations") for forward in found})
-
-
-def _is_lighter(module: nn.Module) -> bool:
-    forward = vars(module).get("forward")
-    own = forward.__func__ if isinstance(forward, types.MethodType) else None
-    turning = isinstance(own, types.FunctionType) and own.__globals__.get(ROTATION) is _turned
-    return turning or own in (_norm, _norm_of_gemma, _gated)
 
 
 def computed_again(forward: Callable) -> Callable:
@@ -82,28 +82,39 @@ def computed_again(forward: Callable) -> Callable:
     return whole
 
 
+def _is_lighter(module: nn.Module) -> bool:
+    return type(module).__module__ == __name__
+
+
+@functools.cache
+def _made(kind: type[nn.Module], forward: Callable) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+
+
 def _forward(module: nn.Module) -> Callable | None:
     """The lighter forward of a module; None where its own stays, as in one that was given another already."""
-    own = type(module).forward
-    if "forward" in vars(module) or not isinstance(own, types.FunctionType):
+    kind = type(module)
+    if "forward" in vars(module) or _is_lighter(module) or not isinstance(kind.forward, types.FunctionType):
         return None
-    if _same(own, llama.LlamaRMSNorm.forward):
-        return _norm
-    if _same(own, GemmaRMSNorm.forward) and _same(type(module)._norm, GemmaRMSNorm._norm):
-        return _norm_of_gemma
-    if _same(own, llama.LlamaMLP.forward):
-        return _gated
-    return _turning(own)
+    norms = {llama.LlamaRMSNorm: _norm, GemmaRMSNorm: _norm_of_gemma}
+    for known, forward in norms.items():
+        if _same(kind.forward, known.forward) and module.weight.ndim == 1:
+            helps = "_norm" in vars(known)
+            return forward if not helps or _same(kind._norm, known._norm) else None
+    if _same(kind.forward, llama.LlamaMLP.forward):
+        return _gated if type(module.act_fn) in ACTIVATIONS else None
+    return _turning(kind.forward)
 
 
 def _same(one: Callable, other: Callable) -> bool:
     """Whether two functions do the same, by their instructions, names and constants; what they say of it aside."""
-    (code, *rest), (wanted, *others) = (
-        (each.__code__, each.__doc__, each.__defaults__, each.__kwdefaults__) for each in (one, other))
-    constants = [tuple(value for value in each.co_consts if value != said and value is not None)
-                 for each, said in ((code, rest[0]), (wanted, others[0]))]
-    return (code.co_code, code.co_names, *rest[1:]) == (wanted.co_code, wanted.co_names, *others[1:]) \
-        and constants[0] == constants[1]
+
+    def parts(each: Callable) -> tuple:
+        code = each.__code__
+        constants = code.co_consts if each.__doc__ is None else (None, *code.co_consts[1:])
+        return code.co_code, code.co_names, constants, each.__defaults__, each.__kwdefaults__
+
+    return parts(one) == parts(other)
 
 
 def _norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -149,26 +160,38 @@ class _Norm(torch.autograd.Function):
 @functools.cache
 def _turning(forward: Callable) -> Callable | None:
     """An attention's forward that turns queries and keys by `_turned`; None where it does so by another function than
-    Llama's, or by none. What renames arguments of former versions around it is left out."""
-    while (within := vars(forward).get("__wrapped__")) is not None:
-        if forward.__globals__["__name__"] != "transformers.utils.deprecation":
+    Llama's, or by none. What stands around it, as what renames arguments of former versions, stays."""
+    inner = vars(forward).get("__wrapped__")
+    if inner is not None:
+        made = _turning(inner)
+        held = [] if made is None else [cell.cell_contents is inner for cell in forward.__closure__ or ()]
+        if not any(held):
             return None
-        forward = within
+        cells = zip(held, forward.__closure__, strict=True)
+        closure = tuple(types.CellType(made) if own else cell for own, cell in cells)
+        return functools.update_wrapper(_copied(forward, forward.__globals__, closure), made)
     names = forward.__globals__
     own = names.get(ROTATION) if ROTATION in forward.__code__.co_names else None
     if not isinstance(own, types.FunctionType) or not _same(own, llama.apply_rotary_pos_emb) \
             or not _same(own.__globals__["rotate_half"], llama.rotate_half):
         return None
-    made = types.FunctionType(
-        forward.__code__, {**names, ROTATION: _turned}, forward.__name__, forward.__defaults__, forward.__closure__)
+    return _copied(forward, {**names, ROTATION: _turned}, forward.__closure__)
+
+
+def _copied(forward: Callable, names: dict[str, Any], closure: tuple | None) -> Callable:
+    """The function again, with other global names and another closure."""
+    made = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, closure)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made
 
 
 def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, H, S, K], turned by the angles [B, S, K] of their positions."""
+    """Queries and keys [B, H, S, K], turned by the angles [B, S, K] of their positions; by transformers' own function
+    where results are of another shape or format than they, or angles have a gradient."""
     angles = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    if {q.dtype, k.dtype, sin.dtype} != {cos.dtype} or cos.shape[-1] != q.shape[-1]:
+    alike = {q.dtype, k.dtype, sin.dtype} == {cos.dtype} and not cos.requires_grad and not sin.requires_grad
+    if not alike or any(torch.broadcast_shapes(one.shape, *(each.shape for each in angles)) != one.shape
+                        or one.shape[-1] != each.shape[-1] for one in (q, k) for each in angles):
         return llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
     return _Turn.apply(q, *angles), _Turn.apply(k, *angles)
 
@@ -199,10 +222,12 @@ class _Turn(torch.autograd.Function):
 
 def _gated(self: nn.Module, x: Tensor) -> Tensor:
     gate, other = self.gate_proj(x), self.up_proj(x)
-    if _whole.get() or not torch.is_grad_enabled():
+    if _whole.get() or not (gate.requires_grad and other.requires_grad):
         return self.down_proj(self.act_fn(gate) * other)
     again = _Again(self.act_fn, gate.detach(), other.detach())
     active = self.act_fn(gate)
+    if again.changed:  # by an activation that takes the gate's place
+        return self.down_proj(active * other)
     with again.instead_of(active, again.active):
         product = active * other
     del active
@@ -215,26 +240,42 @@ class _Again:
 
     def __init__(self, act: Callable[[Tensor], Tensor], gate: Tensor, other: Tensor) -> None:
         self._act, self._gate, self._other = act, gate, other
+        self._versions = gate._version, other._version
         self._made: Tensor | None = None
 
+    @property
+    def changed(self) -> bool:
+        """Whether gate or other half are not what they were: then neither is what would be made of them."""
+        return (self._gate._version, self._other._version) != self._versions
+
     def instead_of(self, tensor: Tensor, make: Callable[[], Tensor]) -> saved_tensors_hooks:
-        """Inside, what is saved for backward of `tensor`, which lives as long, is the way to make it."""
-        storage, size = tensor.untyped_storage()._cdata, tensor.numel()  # not itself, which hooks would keep
+        """Inside, in which `tensor` lives, what is saved of it for backward is the way to make it; all else is saved
+        as autograd saves it, and may not be changed either."""
+        own = _identity(tensor)  # not itself, which hooks would keep
 
-        def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
-            same = saved.untyped_storage()._cdata == storage and saved.numel() == size
-            return (saved.shape, saved.stride()) if same else saved
+        def pack(saved: Tensor) -> tuple[Tensor | None, Any]:
+            return (None, (saved.shape, saved.stride())) if _identity(saved) == own else (saved, saved._version)
 
-        def unpack(kept: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
-            return kept if isinstance(kept, Tensor) else make().as_strided(*kept)
+        def unpack(kept: tuple[Tensor | None, Any]) -> Tensor:
+            saved, known = kept
+            if self.changed if saved is None else saved._version != known:
+                raise RuntimeError("a tensor that backward needs was changed in place after forward")
+            return make().as_strided(*known) if saved is None else saved
 
         return saved_tensors_hooks(pack, unpack)
 
     def active(self) -> Tensor:
-        """The activation; handed out once where the product, of which backward asks first, has made it."""
+        """The activation; the one that the product was made of, of which backward asks first, where there is one."""
         made, self._made = self._made, None
         return self._act(self._gate) if made is None else made
 
     def product(self) -> Tensor:
+        """The product of activation and other half."""
         self._made = self._act(self._gate)
         return self._made * self._other
+
+
+def _identity(tensor: Tensor) -> tuple:
+    """What tells a tensor, or a view of all of it, from others that are there at the same time, or were before it was
+    changed in place."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor._version

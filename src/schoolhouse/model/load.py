@@ -206,13 +206,14 @@ def device(setting: str, local: int = 0) -> torch.device:
 
 def load(
     directory: Path, settings: Model, place: torch.device, adapters: Lora | None = None, *,
-    number: torch.dtype = torch.float32, computes_on: torch.device | None = None,
+    number: torch.dtype = torch.float32, computes_on: torch.device | None = None, lighter: bool = True,
 ) -> Student:
     """The model of a directory on `place`, ready to train; raises ModelError where it cannot be exact.
 
     In the number format of its files and on the CPU, weights stay in the files: they are mapped, and take no memory.
     Where it will compute elsewhere, on `computes_on`, matrices in 4 bits are made, and stay, there; kernels and what is
-    recomputed are chosen for it.
+    recomputed are chosen for it. Where it is not to be `lighter`, parts that are known (`elementwise`) compute as
+    transformers wrote them.
     """
     attention.register()
     try:
@@ -240,7 +241,7 @@ def load(
         lora.refuse_frozen_words(model)
     if settings.liger:
         kernels.fuse(model, computes_on or place)
-    elif not settings.compile:
+    elif lighter and not settings.compile:
         elementwise.lighten(model)
     if settings.float8:
         float8.narrow(model, computes_on or place)
