@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from schoolhouse import cli, selfcheck
-from schoolhouse.config import Recipe
+from schoolhouse.config import Model, Recipe
 from schoolhouse.errors import ModelError
-from schoolhouse.model import elementwise, layouts
+from schoolhouse.model import elementwise, layouts, load
 from schoolhouse.types import Shared
 
 RECIPE = {
@@ -78,6 +78,19 @@ def test_a_wrong_gradient_of_ours_is_seen(monkeypatch: pytest.MonkeyPatch, cache
     monkeypatch.setattr(part, "backward", staticmethod(wrong))
     with pytest.raises(ModelError, match=r"of 14 .* most of all"):
         selfcheck.refuse(selfcheck.selfcheck(Recipe.model_validate(RECIPE), rows=3), "test")
+
+
+def test_the_plain_side_is_neither_compiled_nor_lighter(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    own, met = load.load, set()
+
+    def noted(directory: Path, settings: Model, *rest: Any, lighter: bool = True, **named: Any) -> load.Student:
+        met.add((settings.compile, lighter))
+        return own(directory, settings.model_copy(update={"compile": False}), *rest, lighter=lighter, **named)
+
+    monkeypatch.setattr(load, "load", noted)
+    recipe = Recipe.model_validate({**RECIPE, "model": {"path": "starter/qwen3", "compile": True}})
+    selfcheck.refuse(selfcheck.selfcheck(recipe, rows=3), "test")
+    assert met == {(True, True), (False, False)}
 
 
 @pytest.mark.parametrize("axis", ["ulysses", "shard"])

@@ -196,7 +196,8 @@ def plainly(
 ) -> tuple[float, Gradients]:
     """Loss and gradients as plainly as they can be written, from the same weights, computed in `arithmetic`."""
     torch.manual_seed(recipe.seed)
-    model = load.load(directory, recipe.model, load.device(recipe.device), recipe.lora, lighter=False).model
+    plain = recipe.model.model_copy(update={"compile": False, "liger": False})
+    model = load.load(directory, plain, load.device(recipe.device), recipe.lora, lighter=False).model
     stir(model)
     model.set_attn_implementation("eager")
     model.eval()

@@ -103,6 +103,15 @@ def test_the_norm_of_many_tokens(kind: type[nn.Module]) -> None:
     assert distance(found, wanted) < 6e-6
 
 
+@pytest.mark.parametrize("shape", [(5,), (1, 7), (2, 3, 4), (0,)])
+def test_both_sums_over_rows(shape: tuple[int, ...]) -> None:
+    """The second is of devices that this machine may lack."""
+    products, scale = torch.randn(*shape, 6, dtype=torch.float64), torch.rand(*shape, 1, dtype=torch.float64)
+    wanted = torch.einsum("rd,r->d", products.reshape(-1, 6), scale.flatten())
+    for quick in (True, False):
+        torch.testing.assert_close(elementwise._over_rows(products, scale, quick=quick), wanted)
+
+
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
 def test_a_norm_in_another_format_than_its_states(weight: torch.dtype) -> None:
     norm, states = llama.LlamaRMSNorm(48).to(weight), torch.randn(3, 5, 48, dtype=torch.bfloat16, requires_grad=True)

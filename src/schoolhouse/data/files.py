@@ -33,6 +33,8 @@ def kind(path: Path) -> str | None:
 
 def rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     """Every row of a file, with its line in a line-based file, else its position; `name` stands in errors."""
+    if kind(path) in TABLES:
+        arrow()  # what its import finds wrong is no fault of the file
     try:
         yield from READERS[kind(path)](path, name)
     except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
@@ -187,3 +189,5 @@ READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Row]]]] = {
     ".arrow": lambda path, name: enumerate(arrow().of_arrow(path), 1),
 }
 """The reader of each suffix."""
+TABLES = (".parquet", ".arrow")
+"""Of what pyarrow reads."""

@@ -150,11 +150,20 @@ class _Norm(torch.autograd.Function):
             factor = 1.0 + factor
         products, of_states, of_weight = above * wide, None, None
         if ctx.needs_input_grad[1]:
-            of_weight = torch.mv(products.reshape(-1, len(weight)).T, scale.flatten()).to(weight.dtype)
+            of_weight = _over_rows(products, scale, quick=products.device.type == "cpu").to(weight.dtype)
         if ctx.needs_input_grad[0]:
             along = (products @ factor).unsqueeze(-1).mul_(scale).mul_(scale).div_(-len(weight))
             of_states = torch.mul(above, factor, out=products).addcmul_(wide, along).mul_(scale).to(states.dtype)
         return of_states, of_weight, None, None
+
+
+def _over_rows(products: Tensor, scale: Tensor, *, quick: bool) -> Tensor:
+    """The sum [D] over all rows of products [..., D] times their scales [..., 1]; `quick`: as a product with a vector,
+    in a third of the time on a processor. A GPU's libraries may take the columns one by one there, of millions of rows
+    (norms of queries)."""
+    if quick:
+        return torch.mv(products.reshape(-1, products.shape[-1]).T, scale.flatten())
+    return (products * scale).flatten(0, -2).sum(0)
 
 
 @functools.cache
