@@ -51,7 +51,7 @@ def count(path: Path) -> int | None:
             case ".jsonl" | ".ndjson":
                 with path.open("rb") as file:
                     return sum(block.count(b"\n") for block in iter(functools.partial(file.read, 2**20), b""))
-            case ".parquet" | ".arrow":
+            case suffix if suffix in TABLES:
                 return arrow().count(path)
     except (OSError, ValueError):
         return None  # whoever reads it will say what is wrong

@@ -96,11 +96,10 @@ def _forward(module: nn.Module) -> Callable | None:
     kind = type(module)
     if "forward" in vars(module) or _is_lighter(module) or not isinstance(kind.forward, types.FunctionType):
         return None
-    norms = {llama.LlamaRMSNorm: _norm, GemmaRMSNorm: _norm_of_gemma}
-    for known, forward in norms.items():
-        if _same(kind.forward, known.forward) and module.weight.ndim == 1:
-            helps = "_norm" in vars(known)
-            return forward if not helps or _same(kind._norm, known._norm) else None
+    if _same(kind.forward, llama.LlamaRMSNorm.forward):
+        return _norm if module.weight.ndim == 1 else None
+    if _same(kind.forward, GemmaRMSNorm.forward) and _same(kind._norm, GemmaRMSNorm._norm):
+        return _norm_of_gemma if module.weight.ndim == 1 else None
     if _same(kind.forward, llama.LlamaMLP.forward):
         return _gated if type(module.act_fn) in ACTIVATIONS else None
     return _turning(kind.forward)
