@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from test_recipe import SCHEMA, schema_faults
-from test_run import LESSON, here, program, write_recipe
+from test_run import LESSON, command, here, program, write_recipe
 
 from schoolhouse import cli, commands
 from schoolhouse import recipe as recipes
@@ -123,6 +124,38 @@ def test_an_error_goes_to_standard_error_alone(tmp_path: Path) -> None:
     """Standard output holds only what was asked for, so that it can be read by another program."""
     done = program("check", tmp_path / "none.yaml", "--json", code=2)
     assert done.stdout == "" and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["ls", "env"])
+def test_a_reader_that_has_seen_enough(name: str) -> None:
+    """`schoolhouse ls | head -1`: no traceback, neither of what is written at once nor of what is written at the end.
+    """
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command(name), stdout=writing, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    os.close(writing)
+    assert done.returncode == 1 and done.stderr == ""
+
+
+PROBE = """
+import os, sys, types
+sys.modules["schoolhouse.cli"] = types.SimpleNamespace(main=lambda: print(os.getpid(), sys.argv[1:], os.environ))
+from schoolhouse.__main__ import main
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize("own", [None, "glibc.malloc.tcache_count=3"])
+def test_the_allocator_is_told_before_it_begins(own: str | None) -> None:
+    """Such settings are read once, when a process begins; it stays the same process, with the same words."""
+    environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    environment |= {} if own is None else {"GLIBC_TUNABLES": own}
+    words = [sys.executable, "-X", "utf8", "-c", PROBE, "run", "a b", "c=1"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+    said, _ = process.communicate(timeout=60)
+    assert said.startswith(f"{process.pid} ['run', 'a b', 'c=1'] ") and process.returncode == 0
+    assert f"'GLIBC_TUNABLES': '{own or 'glibc.malloc.tcache_count=0'}'" in said
 
 
 # What only looks.

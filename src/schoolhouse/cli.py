@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         commands.COMMANDS[options.command](options)
+        sys.stdout.flush()
     except SchoolhouseError as error:
         launch.finish_the_word()
         launch.report(error, error.exit_code)
@@ -68,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped; nothing was lost", file=sys.stderr)
         sys.exit(Stopped.exit_code)
+    except BrokenPipeError:  # as where `| head` has seen enough
+        if options.command == "run":
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -186,7 +192,3 @@ def _count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return int(text)
-
-
-if __name__ == "__main__":
-    main()

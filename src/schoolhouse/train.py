@@ -100,6 +100,7 @@ def compute_gradient(student: Student, step: Step, seed: int) -> tuple[float, in
         loss.backward()
         sums += torch.stack([loss.nll.detach(), loss.correct, loss.supervised, torch.full_like(sums[0], loss.tokens)])
         spared += loss.spared
+        del loss  # what is left of its graph would lie in the way of the next one's activations
     begins = np.asarray(spared, dtype=np.int64)
     left_out = sums.new_tensor([begins.sum(), student.work.of_step(begins, 0)])
     nll, correct, weight, delivered, tokens, operations = mesh.sum(torch.cat([sums, left_out])).tolist()

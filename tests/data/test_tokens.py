@@ -386,6 +386,15 @@ def test_special_tokens_that_are_not_the_files_are_told(shared) -> None:
     assert tokens.describe(loaded("qwen3")) == "Qwen2Tokenizer, as tokenizer.json"
 
 
+def test_a_vocabulary_is_held_once(shared) -> None:
+    """Not in Python's objects beside the backend's."""
+    for name in ("qwen2.5-instruct", "llama2", "gpt2"):
+        one = tokens.load_tokenizer(SHARED / "tokenizers" / name)
+        held = {key: len(value) for key, value in vars(one).items() if isinstance(value, dict | list)}
+        assert max(held.values()) < 1000 < len(one), name
+        assert directly(one, "two apples") == directly(loaded(name), "two apples")
+
+
 def test_a_tokenizer_that_does_not_load(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

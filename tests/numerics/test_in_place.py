@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from test_counts import micro
@@ -40,6 +42,22 @@ def test_the_same_gradient(family: str, tied: bool, precision: str, tolerance: f
     assert wanted.keys() == found.keys() and all(one.layout == torch.strided for one in found.values())
     for name, one in wanted.items():
         assert float((found[name] - one).norm()) <= tolerance * float(one.norm()), name
+
+
+def test_nothing_of_a_micro_batch_is_left_when_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph, even without what it had kept, would lie between the next one's activations."""
+    before: list[weakref.ref] = []
+    whole = Student.loss
+
+    def watched(self, *args):
+        assert all(one() is None for one in before)
+        made = whole(self, *args)
+        before.append(weakref.ref(made.nll))
+        return made
+
+    monkeypatch.setattr(Student, "loss", watched)
+    gradient(student("llama"), "float32", in_place=False)
+    assert len(before) > 1
 
 
 class Fresh(TorchDispatchMode):
