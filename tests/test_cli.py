@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -126,36 +127,90 @@ def test_an_error_goes_to_standard_error_alone(tmp_path: Path) -> None:
     assert done.stdout == "" and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["at the end", "at once"])
 @pytest.mark.parametrize("name", ["ls", "env"])
-def test_a_reader_that_has_seen_enough(name: str) -> None:
-    """`schoolhouse ls | head -1`: no traceback, neither of what is written at once nor of what is written at the end.
-    """
+def test_a_reader_that_has_seen_enough(name: str, unbuffered: str) -> None:
+    """`schoolhouse ls | head -1`: no traceback, whenever it is written."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(command(name), stdout=writing, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        command(name), stdout=writing, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT, env=environment
+    )
     os.close(writing)
     assert done.returncode == 1 and done.stderr == ""
 
 
+def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise BrokenPipeError("a worker's")
+
+    monkeypatch.setitem(commands.COMMANDS, "env", broken)
+    with Path(os.devnull).open("w") as out, pytest.raises(BrokenPipeError, match="a worker's"):
+        monkeypatch.setattr(sys, "stdout", out)
+        cli.main(["env"])
+
+
+def test_no_standard_output_at_all() -> None:
+    shell = f"exec {shlex.join(command('ls'))} >&-"
+    done = subprocess.run(["sh", "-c", shell], stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# In which process.
+
 PROBE = """
 import os, sys, types
 sys.modules["schoolhouse.cli"] = types.SimpleNamespace(main=lambda: print(os.getpid(), sys.argv[1:], os.environ))
-from schoolhouse.__main__ import main
-main()
 """
+TOLD = "glibc.malloc.tcache_count=0"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-@pytest.mark.parametrize("own", [None, "glibc.malloc.tcache_count=3"])
-def test_the_allocator_is_told_before_it_begins(own: str | None) -> None:
+@pytest.mark.parametrize(("own", "found"), [
+    (None, TOLD), ("", TOLD), ("glibc.malloc.tcache_count=3",) * 2, ("glibc.cpu.x=1", f"glibc.cpu.x=1:{TOLD}"),
+])
+@pytest.mark.parametrize("way", [["-m", "schoolhouse"], ["-u", "-m", "schoolhouse"], ["{bin}/schoolhouse"]],
+                         ids=["module", "option", "script"])
+def test_the_allocator_is_told_before_it_begins(
+    tmp_path: Path, own: str | None, found: str, way: list[str]
+) -> None:
     """Such settings are read once, when a process begins; it stays the same process, with the same words."""
+    said, process = begun(tmp_path, way, own)
+    assert said.startswith(f"{process.pid} ['run', 'a b', '-m', 'c=1'] ") and f"'GLIBC_TUNABLES': '{found}'" in said
+
+
+@pytest.mark.parametrize("way", [
+    ["-c", "from schoolhouse.__main__ import main; main()"], ["{bin}/profiler", "-m", "schoolhouse"],
+    ["-X", "schoolhouse", "-m", "schoolhouse"],
+], ids=["another program", "a profiler", "begun once more"])
+def test_no_other_program_is_begun_once_more(tmp_path: Path, way: list[str]) -> None:
+    """Nor one that lost the variable on the way."""
+    assert "'GLIBC_TUNABLES'" not in begun(tmp_path, way, None)[0]
+
+
+def test_what_cannot_begin_once_more_goes_on(tmp_path: Path) -> None:
+    said, process = begun(tmp_path, ["-m", "schoolhouse"], None, probe=PROBE + "sys.executable = ''\n")
+    assert said.startswith(f"{process.pid} ['run', ")
+
+
+def begun(
+    place: Path, way: list[str], own: str | None, probe: str = PROBE
+) -> tuple[str, subprocess.Popen[str]]:
+    """What a command line says of itself that starts Python in this way."""
+    (place / "sitecustomize.py").write_text(probe)
+    (place / "schoolhouse").write_text("from schoolhouse.__main__ import main\nmain()\n")
+    (place / "profiler").write_text(
+        "import runpy, sys\ndel sys.argv[:2]\nrunpy.run_module('schoolhouse', run_name='__main__', alter_sys=True)\n"
+    )
     environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
     environment |= {} if own is None else {"GLIBC_TUNABLES": own}
-    words = [sys.executable, "-X", "utf8", "-c", PROBE, "run", "a b", "c=1"]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+    environment["PYTHONPATH"] = os.pathsep.join([str(place), str(ROOT / "src")])
+    words = [sys.executable, *(word.format(bin=place) for word in way), "run", "a b", "-m", "c=1"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     said, _ = process.communicate(timeout=60)
-    assert said.startswith(f"{process.pid} ['run', 'a b', 'c=1'] ") and process.returncode == 0
-    assert f"'GLIBC_TUNABLES': '{own or 'glibc.malloc.tcache_count=0'}'" in said
+    assert process.returncode == 0
+    return said, process
 
 
 # What only looks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         commands.COMMANDS[options.command](options)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except SchoolhouseError as error:
         launch.finish_the_word()
         launch.report(error, error.exit_code)
@@ -69,11 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped; nothing was lost", file=sys.stderr)
         sys.exit(Stopped.exit_code)
-    except BrokenPipeError:  # as where `| head` has seen enough
-        if options.command == "run":
+    except BrokenPipeError:
+        if options.command == "run" or launch.is_worker(os.environ) or not _unread():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as where `| head` has seen enough."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return bool(watch.poll(0))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -192,3 +200,7 @@ def _count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return int(text)
+
+
+if __name__ == "__main__":
+    main()

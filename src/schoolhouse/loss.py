@@ -20,7 +20,7 @@ CHUNK_ELEMENTS, ON_ACCELERATOR = 1 << 24, 1 << 27
 LEAST_ROWS, ENOUGH_ROWS = 256, 512
 """Rows of a chunk, at least: each chunk reads the whole matrix, and adds to all of its gradient. At a vocabulary of
 151,936 110 rows at a time took 1.13 x as long on two cores as 256, and 384 took 0.92 x. A processor gains nothing by
-more than enough."""
+more than enough of them, or than stay in its caches."""
 CACHED = 1 << 20
 """Values that stay in a processor's caches: what is done to logits one after another, and sums of bfloat16 products in
 float32, is done to as many at a time."""
@@ -60,7 +60,7 @@ class Head:
 def chunk_rows(vocabulary: int, place: torch.device) -> int:
     """The rows whose logits are made at a time."""
     if place.type == "cpu":
-        return max(LEAST_ROWS, min(ENOUGH_ROWS, CHUNK_ELEMENTS // vocabulary))
+        return max(LEAST_ROWS, min(max(ENOUGH_ROWS, CACHED // vocabulary), CHUNK_ELEMENTS // vocabulary))
     return max(LEAST_ROWS, ON_ACCELERATOR // vocabulary)
 
 
