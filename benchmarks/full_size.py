@@ -21,14 +21,19 @@ import throughput as shared
 from _commands import run
 
 GIB = 2**30
-LORA = ("lora.rank=32", "lora.alpha=16", "lora.targets=all-linear")
+RANK = 32
+"""Of adapters, beside every matrix of every block."""
+LORA = (f"lora.rank={RANK}", f"lora.alpha={2 * RANK}", "lora.targets=all-linear")
 SAME = {"size": "qwen2.5-0.5b", "precision": "bfloat16", "device": "cpu", "steps": 2, "length": None, "lora": None,
         "recompute": False}
 """What `throughput` is told beside this command's options."""
 BYTES = {  # of a trained weight: its copy in bfloat16, master, gradient sum, two moments
     "schoolhouse": {"bfloat16 copies": 2, "masters": 4, "gradients": 4, "moments": 8},
-    "TRL": {"weights": 4, "gradients": 4, "moments": 8},
+    "TRL autocast": {"weights": 4, "gradients": 4, "moments": 8},
+    "TRL bfloat16": {"weights": 2, "gradients": 2, "moments": 4},
 }
+ADAPTERS = "TRL autocast"
+"""PEFT keeps adapters in float32 beside frozen weights in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +43,21 @@ class Way:
     name: str
     program: str
     lora: bool = False
+    numbers: str = "bfloat16"
+    """TRL's; see `_peer.py`."""
 
 
-WAYS = (Way("full", "schoolhouse"), Way("lora", "schoolhouse", lora=True), Way("trl", "TRL"))
+WAYS = (
+    Way("full", "schoolhouse"), Way("lora", "schoolhouse", lora=True), Way("trl", "TRL", numbers="autocast"),
+    Way("trl-bfloat16", "TRL"), Way("trl-lora", "TRL", lora=True),
+)
 
 
 def main() -> None:
     """Write the inputs, run the ways asked for, print each one's peak and its parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ways", nargs="*", default=["full", "lora", "trl"], help="full, lora, trl")
+    names = [way.name for way in WAYS]
+    parser.add_argument("ways", nargs="*", default=names, help=", ".join(names))
     parser.add_argument("--rows", type=Path, required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Qwen2.5's")
     parser.add_argument("--examples", type=int, default=8, help="in a step")
@@ -70,21 +81,25 @@ def main() -> None:
 def measure(way: Way, options: argparse.Namespace, work: Path) -> list[str]:
     """One contender's peak, its parts and its steps, as lines."""
     if way.program == "TRL":
-        found = shared.peer(shared.Contender("TRL", options.layout, "autocast"), options, work)
-        weights = trained = count(work)
+        told = argparse.Namespace(**{**vars(options), "lora": RANK if way.lora else None})
+        found = shared.peer(shared.Contender("TRL", options.layout, way.numbers), told, work)
+        weights, adapters = count(work)
+        trained = adapters if way.lora else weights
+        weights += adapters if way.lora else 0
     else:
         directory = work / way.name
         found = shared.ours(directory, LORA if way.lora else (), options, work)
         derived = json.loads((directory / "run.json").read_text())["derived"]
         weights, trained = derived["parameters"], derived["trainable"]
-    return [f"\n{way.program} {'LoRA' if way.lora else 'full'}: peak {found.peak_mib / 1024:.2f} GiB, "
+    return [f"\n{way.name}: peak {found.peak_mib / 1024:.2f} GiB, "
             f"{weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained (others used {found.others:.0%})",
             *parts(way, found, weights, trained), *steps(found)]
 
 
 def parts(way: Way, found: shared.Measurement, weights: int, trained: int) -> list[str]:
     """What the peak is made of."""
-    counted = {name: trained * size / GIB for name, size in BYTES[way.program].items()}
+    kind = way.program if way.program in BYTES else ADAPTERS if way.lora else f"{way.program} {way.numbers}"
+    counted = {name: trained * size / GIB for name, size in BYTES[kind].items()}
     if weights > trained:
         counted["frozen weights, bfloat16"] = (weights - trained) * 2 / GIB
     counted["program before the model"] = found.baseline_mib / 1024
@@ -99,14 +114,16 @@ def steps(found: shared.Measurement) -> Sequence[str]:
             for number, step in enumerate(found.steps, 1)]
 
 
-def count(work: Path) -> int:
-    """The model's parameters, by the shapes in its file."""
+def count(work: Path) -> tuple[int, int]:
+    """The model's parameters, and those of adapters, by the shapes in its file."""
     import math
 
     from safetensors import safe_open
 
     with safe_open(work / "model" / "model.safetensors", "pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    inside = [shape for name, shape in shapes.items() if ".layers." in name and len(shape) == 2]
+    return sum(map(math.prod, shapes.values())), sum(RANK * sum(shape) for shape in inside)
 
 
 if __name__ == "__main__":
