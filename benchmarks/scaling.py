@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,8 @@ ROWS = (1_000, 10_000, 100_000, 1_000_000)
 """Rows of the file that a student is taught from."""
 RUN_STEPS, WARM_UP = 60, 10
 """Steps of each run, and those at its beginning that are not counted."""
+TURNS = 5
+"""Runs on each number of rows; figures are medians over them."""
 RECIPE = "examples/sft/gsm8k/starter.yaml"
 LAYOUTS = ((2, 32), (4, 64), (8, 128), (8, 256), (32, 1024), (64, 2048))
 """Ranks, and examples in a step."""
@@ -132,29 +135,46 @@ def measured(length: int, vocabulary: int, width: int) -> dict:
 
 def grown() -> Iterator[dict]:
     """The same steps of the command over ever more rows, drawn from a lesson: what a row's preparation and a token's
-    training take, and what a second start needs before and behind its steps."""
+    training take, and what a start needs before and behind its steps. All are prepared first; then they are trained on
+    in turn, since a shared machine is not as fast from one minute to the next."""
     from schoolhouse.starter import lessons
 
     lesson, random = [json.dumps(row) for row in lessons.rows("arithmetic", "train")], np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(prefix="scaling-") as work:
+        prepared = {}
+        for count in ROWS:
+            place = Path(work) / str(count)
+            place.mkdir()
+            drawn = random.integers(0, len(lesson), count)
+            (place / "rows.jsonl").write_text("".join(lesson[one] + "\n" for one in drawn))
+            prepared[count], _ = timed("check", *over(place))
+        taught = [(count, taught_once(Path(work) / str(count))) for _ in range(TURNS) for count in ROWS]
     for count in ROWS:
-        with tempfile.TemporaryDirectory(prefix="scaling-") as place:
-            file, directory = Path(place) / "rows.jsonl", Path(place) / "run"
-            file.write_text("".join(lesson[one] + "\n" for one in random.integers(0, len(lesson), count)))
-            settings = [
-                RECIPE, f"data.train={file}", "data.format=question_answer", f"data.cache={place}/cache",
-                "data.validation=null", "exam.data=null", f"train.steps={RUN_STEPS}", f"directory={directory}",
-            ]
-            prepared, _ = timed("check", *settings)
-            whole, peak = timed("run", *settings)
-            lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        steps = [one for one in map(json.loads, lines) if one["kind"] == "step"]
-        counted = steps[WARM_UP:]
-        yield {
-            "rows": count, "prepare_us_per_row": prepared / count * 1e6,
-            "us_per_token": statistics.median(one["seconds"] / one["tokens"] for one in counted) * 1e6,
-            "data_share": sum(one["data_seconds"] for one in counted) / sum(one["seconds"] for one in counted),
-            "besides_steps_s": whole - sum(one["seconds"] for one in steps), "mib": peak,
-        }
+        mine = [one for of, one in taught if of == count]
+        medians = {name: statistics.median(one[name] for one in mine) for name in mine[0]}
+        yield {"rows": count, "prepare_us_per_row": prepared[count] / count * 1e6, **medians}
+
+
+def over(place: Path) -> list[str]:
+    """The recipe on the rows of a directory."""
+    return [
+        RECIPE, f"data.train={place}/rows.jsonl", "data.format=question_answer", f"data.cache={place}/cache",
+        "data.validation=null", "exam.data=null", f"train.steps={RUN_STEPS}", f"directory={place}/run",
+    ]
+
+
+def taught_once(place: Path) -> dict[str, float]:
+    """One run of the command on rows that are prepared."""
+    shutil.rmtree(place / "run", ignore_errors=True)
+    whole, peak = timed("run", *over(place))
+    lines = (place / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [one for one in map(json.loads, lines) if one["kind"] == "step"]
+    counted = steps[WARM_UP:]
+    return {
+        "us_per_token": statistics.median(one["seconds"] / one["tokens"] for one in counted) * 1e6,
+        "data_share": sum(one["data_seconds"] for one in counted) / sum(one["seconds"] for one in counted),
+        "besides_steps_s": whole - sum(one["seconds"] for one in steps), "mib": peak,
+    }
 
 
 def timed(*words: str) -> tuple[float, float]:
