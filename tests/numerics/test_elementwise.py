@@ -192,6 +192,32 @@ class _InItsPlace(nn.Module):
         return self.layer(nn.functional.dropout(states, 0.5, training=True, inplace=True))
 
 
+class _SavesItsResult(nn.Module):
+    """A layer whose last operation keeps for backward what it gave."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.layer(states))
+
+
+def test_a_graph_that_is_dropped_is_gone() -> None:
+    """Without a backward, and at once, also where a result is kept by what gave it."""
+    one, seen = model("qwen3"), []
+    elementwise.lighten(one)
+    for layer in one.model.layers:
+        layer.mlp.down_proj = _SavesItsResult(layer.mlp.down_proj)
+        layer.mlp.register_forward_hook(lambda _, __, out: seen.append(StorageWeakRef(out.untyped_storage())))
+    gc.disable()
+    try:
+        one(input_ids=torch.arange(40)[None])
+        assert len(seen) == len(one.model.layers) and all(each.expired() for each in seen)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("part", ["act_fn", "down_proj"])
 def test_what_is_changed_in_place_is_kept_as_it_is(part: str) -> None:
     """An activation in the gate's memory, a dropout in the product's."""

@@ -262,7 +262,9 @@ class _Again:
         own = _identity(tensor)  # not itself, which hooks would keep
 
         def pack(saved: Tensor) -> tuple[Tensor | None, Any]:
-            return (None, (saved.shape, saved.stride())) if _identity(saved) == own else (saved, saved._version)
+            if _identity(saved) == own:
+                return None, (saved.shape, saved.stride())
+            return (saved if saved.is_leaf else saved.detach()), saved._version  # not in a circle with what made it
 
         def unpack(kept: tuple[Tensor | None, Any]) -> Tensor:
             saved, known = kept
