@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +27,10 @@ LORA = (f"lora.rank={RANK}", f"lora.alpha={2 * RANK}", "lora.targets=all-linear"
 SAME = {"size": "qwen2.5-0.5b", "precision": "bfloat16", "device": "cpu", "steps": 2, "length": None, "lora": None,
         "recompute": False}
 """What `throughput` is told beside this command's options."""
-BYTES = {  # of a trained weight: its copy in bfloat16, master, gradient sum, two moments
-    "schoolhouse": {"bfloat16 copies": 2, "masters": 4, "gradients": 4, "moments": 8},
-    "TRL autocast": {"weights": 4, "gradients": 4, "moments": 8},
-    "TRL bfloat16": {"weights": 2, "gradients": 2, "moments": 4},
-}
-ADAPTERS = "TRL autocast"
-"""PEFT keeps adapters in float32 beside frozen weights in bfloat16."""
+OURS = {"bfloat16 copies": 2, "masters": 4, "gradients": 4, "moments": 8}
+WIDE = {"weights": 4, "gradients": 4, "moments": 8}
+NARROW = {"weights": 2, "gradients": 2, "moments": 4}
+"""Bytes of a trained weight, by what is kept of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +38,16 @@ class Way:
     """One line of the table."""
 
     name: str
-    program: str
+    kept: Mapping[str, int]
     lora: bool = False
-    numbers: str = "bfloat16"
-    """TRL's; see `_peer.py`."""
+    numbers: str | None = None
+    """TRL's (`_peer.py`); None for schoolhouse."""
 
 
 WAYS = (
-    Way("full", "schoolhouse"), Way("lora", "schoolhouse", lora=True), Way("trl", "TRL", numbers="autocast"),
-    Way("trl-bfloat16", "TRL"), Way("trl-lora", "TRL", lora=True),
+    Way("full", OURS), Way("lora", OURS, lora=True),
+    Way("trl", WIDE, numbers="autocast"), Way("trl-bfloat16", NARROW, numbers="bfloat16"),
+    Way("trl-lora", WIDE, lora=True, numbers="bfloat16"),  # PEFT keeps adapters in float32
 )
 
 
@@ -80,12 +78,11 @@ def main() -> None:
 
 def measure(way: Way, options: argparse.Namespace, work: Path) -> list[str]:
     """One contender's peak, its parts and its steps, as lines."""
-    if way.program == "TRL":
+    if way.numbers is not None:
         told = argparse.Namespace(**{**vars(options), "lora": RANK if way.lora else None})
         found = shared.peer(shared.Contender("TRL", options.layout, way.numbers), told, work)
-        weights, adapters = count(work)
-        trained = adapters if way.lora else weights
-        weights += adapters if way.lora else 0
+        whole, adapters = count(work)
+        weights, trained = (whole + adapters, adapters) if way.lora else (whole, whole)
     else:
         directory = work / way.name
         found = shared.ours(directory, LORA if way.lora else (), options, work)
@@ -98,8 +95,7 @@ def measure(way: Way, options: argparse.Namespace, work: Path) -> list[str]:
 
 def parts(way: Way, found: shared.Measurement, weights: int, trained: int) -> list[str]:
     """What the peak is made of."""
-    kind = way.program if way.program in BYTES else ADAPTERS if way.lora else f"{way.program} {way.numbers}"
-    counted = {name: trained * size / GIB for name, size in BYTES[kind].items()}
+    counted = {name: trained * size / GIB for name, size in way.kept.items()}
     if weights > trained:
         counted["frozen weights, bfloat16"] = (weights - trained) * 2 / GIB
     counted["program before the model"] = found.baseline_mib / 1024

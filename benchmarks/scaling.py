@@ -141,17 +141,15 @@ def grown() -> Iterator[dict]:
 
     lesson, random = [json.dumps(row) for row in lessons.rows("arithmetic", "train")], np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="scaling-") as work:
-        prepared = {}
-        for count in ROWS:
-            place = Path(work) / str(count)
+        places, prepared = {count: Path(work) / str(count) for count in ROWS}, {}
+        for count, place in places.items():
             place.mkdir()
             drawn = random.integers(0, len(lesson), count)
             (place / "rows.jsonl").write_text("".join(lesson[one] + "\n" for one in drawn))
             prepared[count], _ = timed("check", *over(place))
-        taught = [(count, taught_once(Path(work) / str(count))) for _ in range(TURNS) for count in ROWS]
+        turns = [{count: taught_once(place) for count, place in places.items()} for _ in range(TURNS)]
     for count in ROWS:
-        mine = [one for of, one in taught if of == count]
-        medians = {name: statistics.median(one[name] for one in mine) for name in mine[0]}
+        medians = {name: statistics.median(turn[count][name] for turn in turns) for name in turns[0][count]}
         yield {"rows": count, "prepare_us_per_row": prepared[count] / count * 1e6, **medians}
 
 
