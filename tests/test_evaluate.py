@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse import evaluate, graders, places
 from schoolhouse.config import Exam, Recipe
-from schoolhouse.data import choose, prepare, served
+from schoolhouse.data import choose, plan, prepare, served
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.data.tokens import Stops
@@ -108,6 +108,15 @@ def test_validation_counts_right_answers(store: Store) -> None:
         hits = logits.argmax(1).numpy() == store[index].labels
         right += int(hits[store[index].weights != 0].sum())
     assert evaluate.validation(one, store, 300)["accuracy"] == right / int(store.supervised_tokens.sum())
+
+
+def test_every_pack_is_a_sign_of_life(store: Store) -> None:
+    """A long validation is no hang: the only collective stands at its end."""
+    one, packs = student(), len(plan.whole(store, 256, 1, shares=True))
+    beats = []
+    object.__setattr__(one.mesh.pulse, "beat", lambda: beats.append(1))
+    evaluate.validation(one, store, 256)
+    assert len(beats) >= packs > 1
 
 
 def test_looking_leaves_no_trace(store: Store, model: Served) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from test_run import here
 from transformers import AutoModelForCausalLM
 
 from schoolhouse import checkpoint, places, talk, trained
+from schoolhouse import recipe as recipes
+from schoolhouse.model import spread
+from schoolhouse.parallel.mesh import ALONE
 from schoolhouse.types import Message, Part
 
 LESSON = """\
@@ -66,13 +70,12 @@ def test_only_the_adapters_are_trained_and_kept(run: Path) -> None:
     student, _ = trained.open_student(str(run))
     found = {name.replace(".base_layer", ""): one for name, one in student.model.named_parameters()}
     plain = AutoModelForCausalLM.from_pretrained(places.model_directory("starter/qwen3"))
-    assert all(torch.equal(found[name], one) for name, one in plain.named_parameters())
+    assert {one.dtype for one in found.values()} == {getattr(torch, run.name)}, "it answers as in the run's exams"
+    assert all(torch.equal(found[name], one.to(found[name].dtype)) for name, one in plain.named_parameters())
 
 
 def test_a_stopped_run_goes_on_bit_by_bit(run: Path, page: Path, tmp_path: Path) -> None:
     """Stopped after step 3 and continued, dropout and all: the factors are those of the unbroken run."""
-    import shutil
-
     copy = tmp_path / "again"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints" / "step-00000006")
@@ -134,3 +137,37 @@ def test_what_cannot_be_adapted_is_refused(
 def test_another_rank_does_not_continue_a_run(run: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here("run", page, f"directory={run}", f"model.precision={run.name}", "lora.rank=8", code=2)
     assert "lora.rank: 4 → 8" in capsys.readouterr().err
+
+
+def test_what_is_frozen_is_never_held_in_float32(tmp_path: Path) -> None:
+    """With bfloat16, from files in either format: what learns is float32, the rest is out of its file and narrow. The
+    loss by which it was proved is that of float32 weights."""
+    page = tmp_path / "page.yaml"
+    page.write_text(LESSON)
+    whole, proof = None, []
+    for number in (torch.float32, torch.bfloat16):
+        directory = tmp_path / str(number)
+        if whole is None:
+            whole = AutoModelForCausalLM.from_pretrained(places.model_directory("starter/qwen3"))
+        shutil.copytree(places.model_directory("starter/qwen3"), directory)
+        whole.to(number).save_pretrained(directory)
+        one = recipes.read(str(page), [f"model.path={directory}", "model.precision=bfloat16", "lora.dora=true"])
+        student, found = spread.proved(directory, one, torch.device("cpu"), ALONE, None)
+        numbers = {(value.requires_grad, value.dtype) for value in student.model.parameters()}
+        assert numbers == {(True, torch.float32), (False, torch.bfloat16)}
+        files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        assert not any(name.startswith(str(directory)) for name in files), "the files may change now"
+        proof.append(found.loss)
+    assert proof[0] == pytest.approx(proof[1], rel=1e-2) and proof[0] != proof[1]
+
+
+def test_what_serves_training_alone_is_no_matter_to_who_answers(run: Path, tmp_path: Path) -> None:
+    """A run with what only an accelerator has is opened on a processor, too."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    info = json.loads((copy / "run.json").read_text())
+    extras = ("liger", "activation_checkpointing", "activation_offload")
+    info["recipe"]["model"] |= dict.fromkeys(extras, True)
+    (copy / "run.json").write_text(json.dumps(info))
+    one, other = (dict(trained.open_student(str(place))[0].model.named_parameters()) for place in (run, copy))
+    assert all(torch.equal(one[name], other[name]) for name in one)

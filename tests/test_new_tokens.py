@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,12 @@ def test_with_adapters_the_embeddings_must_be_trained(page: Path, tmp_path: Path
 def test_what_is_no_new_token(tokens: str, said_so: str, page: Path, tmp_path: Path, capsys) -> None:
     here("run", page, f"directory={tmp_path / 'run'}", f"model.new_tokens={tokens}", code=2)
     assert said_so in capsys.readouterr().err
+
+
+def test_a_model_without_weights_is_not_a_cache_that_cannot_be_written(page: Path, tmp_path: Path, capsys) -> None:
+    """transformers raises OSError for both."""
+    empty = tmp_path / "empty"
+    shutil.copytree(places.model_directory("starter/qwen3"), empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    here("run", page, f"directory={tmp_path / 'run'}", f"model.path={empty}", code=2)
+    told = capsys.readouterr().err
+    assert "the model does not load" in told and "cache" not in told

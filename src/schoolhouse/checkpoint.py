@@ -180,7 +180,7 @@ def remove(path: Path) -> None:
     doomed = path.with_name(f"{STAGING}removed-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # the name is gone; `clear_staging` removes what a file system held back
 
 
 def clear_staging(parent: Path) -> None:

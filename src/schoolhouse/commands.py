@@ -199,7 +199,8 @@ def chat(options: Namespace) -> None:
     """Talk until the end of input."""
     from schoolhouse import talk, trained
 
-    talk.chat(*trained.open_student(options.target))
+    with trained.opened(options.target) as (student, model):
+        talk.chat(student, model)
 
 
 def export(options: Namespace) -> None:
@@ -364,6 +365,6 @@ def _examine(target: str, recipe: Recipe) -> tuple[dict[str, Any], list[dict[str
         raise ConfigError(
             "the recipe has no exam", required="exam.data", where="exam.data", remedy="add exam.data=SOURCE"
         )
-    student, model = trained.open_student(target)
-    asked = evaluation.questions(recipe, model)
-    return evaluation.exam(student, model, asked, graders.grader(recipe.exam.grader), recipe.exam, recipe.seed)
+    with trained.opened(target) as (student, model):
+        asked = evaluation.questions(recipe, model)
+        return evaluation.exam(student, model, asked, graders.grader(recipe.exam.grader), recipe.exam, recipe.seed)

@@ -61,12 +61,10 @@ def build(base: Path, tokens: Sequence[str], directory: Path) -> None:
 
 def _enlarged(base: Path, tokenizer: PreTrainedTokenizerFast, words: int) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    sees = "vision_config" in json.loads((base / "config.json").read_text(encoding="utf-8"))
-    model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
-        base, dtype="auto", trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True
-    )
+    from schoolhouse.model import load
+
+    model = load.plain(base)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():

@@ -86,6 +86,7 @@ def validation(
             micro = loader.micro_batch(store, pack, student.device, seeing, next(seen), mesh.ulysses)
             loss = student.loss(micro)
             sums += torch.stack([loss.nll, loss.correct, loss.supervised, torch.full_like(sums[0], loss.tokens)])
+            mesh.pulse.beat()
     nll, correct, supervised, tokens = mesh.sum(sums).tolist()
     return {
         "loss": nll / supervised, "accuracy": correct / tokens, "supervised_tokens": int(tokens),
@@ -216,7 +217,7 @@ def generate(
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [by_length[start : start + settings.examples] for start in range(0, len(prompts), settings.examples)]
     mine: list[tuple[int, list[int]]] = []
-    with _evaluating(student), _serving(student), fsdp.gathered(student), torch.random.fork_rng():
+    with _evaluating(student), _serving(student), fsdp.gathered(student), _own_draws(student.device):
         for number in range(mesh.rank, len(batches), mesh.world):
             chosen = batches[number]
             torch.manual_seed(seed + number)
@@ -226,6 +227,13 @@ def generate(
             mesh.pulse.beat()
     everyone = dict(pair for part in mesh.gather(mine) for pair in part)
     return [_answer(everyone[index], served) for index in range(len(prompts))]
+
+
+def _own_draws(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside, draws on the processor and on this device leave those outside as they were."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device.index], device_type=device.type)
 
 
 def _generate_batch(

@@ -269,6 +269,20 @@ def _what_fits(rehearsal: Rehearsal, plan: Plan) -> int | None:
 
 
 @contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Inside, a model that finds no room for its weights alone becomes a MemoryFault."""
+    try:
+        with _refused_memory():
+            yield
+    except DoesNotFitError as error:
+        raise MemoryFault(
+            f"the model does not fit: {error}", required="memory for all weights before anything is rehearsed",
+            where="model", remedy="set model.precision=bfloat16, train adapters (lora.rank, lora.base=nf4), or cut the "
+            "weights among processes (--nproc)",
+        ) from None
+
+
+@contextlib.contextmanager
 def _refused_memory() -> Iterator[None]:
     try:
         yield

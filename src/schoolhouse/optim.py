@@ -81,7 +81,7 @@ class Optimizer:
         self._names = {copy: name for name, copy in self._copies.items()}
         if precision == "bfloat16":
             self.masters = {name: copy.detach().clone() for name, copy in self._copies.items()}
-            _narrow(model)
+            narrow(model)
         self.sums = Sums(self.masters)
         for name, copy in self._copies.items():
             if copy is not self.masters[name]:  # the hook knows no copy: a circle through it is never collected
@@ -96,11 +96,12 @@ class Optimizer:
             self._optimizers.append(Muon(self._groups(self.matrices), settings.momentum))
 
     def _groups(self, names: Iterable[str]) -> list[dict]:
-        """Tensors that share a factor and a decay: matrices decay, vectors (norms, biases) do not."""
+        """Tensors that share a factor and a decay: matrices decay; vectors (norms, biases), and the biases
+        of experts, do not."""
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, master in self.masters.items():
             if name in names:
-                decay = self._settings.weight_decay if master.ndim >= 2 else 0.0
+                decay = self._settings.weight_decay if master.ndim >= 2 and not name.endswith("bias") else 0.0
                 groups.setdefault((self.factors[name], decay), []).append(master)
         return [
             {"params": tensors, "factor": factor, "weight_decay": decay} for (factor, decay), tensors in groups.items()
@@ -274,7 +275,7 @@ def warmup_steps(settings: Optim, steps: int) -> int:
     return round(settings.warmup * steps)
 
 
-def _narrow(model: nn.Module) -> None:
+def narrow(model: nn.Module) -> None:
     """Parameters to bfloat16; buffers (rotary frequencies) keep the precision their author chose."""
     for parameter in model.parameters():
         if not fourbit.is_narrow(parameter):

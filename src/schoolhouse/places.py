@@ -43,6 +43,8 @@ def built_once(place: Path, build: Callable[[Path], None]) -> Path:
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
+        if error.errno is None:  # not the system's: transformers raises such for a model without weights
+            raise
         raise CheckpointError(
             f"the cache cannot be written: {error}", required="a writable directory with free space",
             where=str(place.parent), remedy="set data.cache or XDG_CACHE_HOME to one",

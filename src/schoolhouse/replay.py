@@ -57,7 +57,10 @@ def _copy(directory: Path, place: Path, step: int) -> None:
     """What a run goes on from: its description, and the newest whole checkpoint before the step."""
     shutil.copy(directory / "run.json", place)
     for path in reversed(checkpoint.steps_in(directory / "checkpoints")):
-        if checkpoint.step_of(path) < step:
+        if checkpoint.step_of(path) >= step:
+            continue
+        with contextlib.suppress(CheckpointError):
+            checkpoint.verify(path)
             shutil.copytree(path, place / "checkpoints" / path.name)
             return
 

@@ -182,9 +182,11 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     store, validation = overview.stores(recipe, serving, screen)
     model = served.load(serving)
     torch.manual_seed(recipe.seed)
-    student, proof = spread.proved(directory, recipe, load.device(recipe.device, mesh.place.local), mesh, model.sight)
-    # a student that is cut has float32 masters by itself, and gathers them in the precision of its matrix products
-    optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision if mesh.world == 1 else "float32")
+    device = load.device(recipe.device, mesh.place.local)
+    with fitting.loading():
+        student, proof = spread.proved(directory, recipe, device, mesh, model.sight)
+        # a student that is cut has float32 masters by itself, and gathers them in the precision of its matrix products
+        optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision if mesh.world == 1 else "float32")
     student.add_in_place(optimizer.total)
     plan = plans.plan(store, recipe, _packs_at_once(previous, mesh), shares=not student.apart)
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch

@@ -83,8 +83,10 @@ class Saver:
         written from where it is in host memory, which saves a copy of all weights and moments at the end of a run.
         """
         assert self._writing is None, "finish() first"
-        held = {kind: dict(self._copied(kind, pairs, still)) for kind, pairs in kinds.items()}
-        _wait_for_device()
+        sources: set[torch.device] = set()
+        held = {kind: dict(self._copied(kind, pairs, still, sources)) for kind, pairs in kinds.items()}
+        for device in sources:  # copies from an accelerator run beside the program until they are waited for
+            torch.accelerator.synchronize(device)
         self._writing = self._writer.submit(self._write, step, held, state, recipe, best)
 
     def finished(self) -> Saved | None:
@@ -97,9 +99,10 @@ class Saver:
         return writing.result() if writing is not None else None
 
     def _copied(
-        self, kind: str, pairs: Iterable[tuple[str, Tensor]], still: bool
+        self, kind: str, pairs: Iterable[tuple[str, Tensor]], still: bool, sources: set[torch.device]
     ) -> Iterator[tuple[str, Piece]]:
-        """This rank's pieces in host memory, which is taken once and used for every save."""
+        """This rank's pieces in host memory, which is taken once and used for every save. Accelerators that they come
+        from are added to `sources`: their copies are under way."""
         for name, tensor in pairs:
             held = checkpoint.piece(tensor.detach(), self.storage.rank)
             if held is None:
@@ -112,6 +115,8 @@ class Saver:
                     held.tensor.shape, dtype=held.tensor.dtype, pin_memory=held.tensor.is_cuda
                 )
             host = self._host[kind, name].copy_(held.tensor, non_blocking=True)
+            if held.tensor.device.type != "cpu":
+                sources.add(held.tensor.device)
             yield name, Piece(host, held.offset, held.shape)
 
     def _write(
@@ -262,12 +267,6 @@ def _unwritten(storage: Storage, step: int, kinds: Kinds, error: Exception) -> C
         required=f"about {need / 2**30:.2f} GiB for it; {free / 2**30:.2f} GiB are free",
         where=str(storage.parent), remedy="make room and run the same command again; earlier checkpoints are untouched",
     )
-
-
-def _wait_for_device() -> None:
-    """Copies from an accelerator run beside the program until they are waited for."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def _sync(path: Path) -> None:

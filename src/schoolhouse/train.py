@@ -147,7 +147,7 @@ def _record(
         "examples": planned.examples, "drawn": _drawn(planned), "tokens": planned.tokens,
         "computed_tokens": planned.tokens - spared[0], "supervised_tokens": planned.supervised_tokens,
         "seconds": seconds, "data_seconds": data_seconds, "tokens_per_second": planned.tokens / seconds,
-        "tflops": speed / 1e12, "mfu": speed / run.rate, "peak_memory_gib": memory.peak_gib(),
+        "tflops": speed / 1e12, "mfu": speed / run.rate, "peak_memory_gib": memory.peak_gib(run.student.device),
     }
 
 

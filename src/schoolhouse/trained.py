@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from schoolhouse import checkpoint, evaluate, inert, overview, places, proof
+from schoolhouse import checkpoint, evaluate, inert, optim, overview, places, proof
 from schoolhouse import export as exporting
 from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Lora, Model, Recipe
@@ -16,22 +18,39 @@ from schoolhouse.data import served
 from schoolhouse.data.served import Served
 from schoolhouse.errors import CheckpointError, ConfigError
 from schoolhouse.export import Trained
-from schoolhouse.model import load
+from schoolhouse.model import load, products
 from schoolhouse.model.load import Student
 
 PROVED_PROMPTS = 4
 """Prompts on which an exported model is compared."""
+UNTRAINED = {
+    "liger": False, "float8": False, "compile": False, "activation_checkpointing": False, "activation_offload": False,
+}
+"""Settings of a run that serve its training alone: a device that answers may lack what they need."""
 
 
 def open_student(target: str) -> tuple[Student, Served]:
-    """A run directory's best checkpoint, or a model by hub id, directory or starter name."""
+    """A run directory's best checkpoint, in the precision of its run, or a model by hub id, directory or starter
+    name."""
     directory = Path(target)
     if not (directory / "run.json").is_file():
         return _open_model(Model(path=target), load.device("auto"))
     recipe = _recipe(directory)
-    student, model = _open_model(recipe.model, load.device(recipe.device), recipe.lora)
+    answering = recipe.model.model_copy(update=UNTRAINED)
+    student, model = _open_model(answering, load.device(recipe.device), recipe.lora)
     exporting.put_weights(student.model, chosen(directory).tensors(checkpoint.WEIGHTS))
+    if recipe.model.precision == "bfloat16":
+        optim.narrow(student.model)
     return student, model
+
+
+@contextlib.contextmanager
+def opened(target: str) -> Iterator[tuple[Student, Served]]:
+    """The same, answering inside as in the exams of its run: in the faster number format of its device."""
+    student, model = open_student(target)
+    precision = "bfloat16" if student.model.dtype == torch.bfloat16 else "float32"
+    with products.fastest(student.device, precision):
+        yield student, model
 
 
 def export_run(directory: Path, out: str | None, step: int | None, merge: bool = False) -> tuple[Path, str]:

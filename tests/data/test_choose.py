@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from schoolhouse import places
 from schoolhouse.config import Recipe, Source
@@ -18,6 +21,7 @@ from schoolhouse.data import choose, prepare, served
 from schoolhouse.data.choose import Choice
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
+from schoolhouse.types import Conversation, ImageSource, Message, Origin, Part
 
 
 def of(*proportions: float | None, **more: Any) -> Choice:
@@ -182,3 +186,19 @@ def test_what_chooses_rows_is_part_of_the_fingerprint(tmp_path: Path, serving: s
     assert (fingerprint(1, **changed) != fingerprint(0, **changed)) == ("on_error" not in changed)
 
 
+def test_images_are_held_out_by_what_they_show() -> None:
+    """A function's image is another object each time that rows are read, and the same row: on one side, not on both."""
+    def row(shade: int, wrap: Callable[[Any], Any]) -> Conversation:
+        image = Image.new("RGB", (2, 3), (shade, 0, 0))
+        parts = (Part("image", ImageSource(wrap(image), None, 10**6)), Part("text", "What is it?"))
+        return Conversation((Message("user", parts),), Origin("rows", 1))
+
+    def encoded(image: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    ways = (lambda image: image, lambda image: {"bytes": memoryview(encoded(image)), "path": None})
+    for wrap in ways:
+        draws = [[choose.is_held_out(row(shade, wrap), 0.5, 1) for shade in range(200)] for _ in range(3)]
+        assert draws[0] == draws[1] == draws[2] and 60 < sum(draws[0]) < 140

@@ -56,6 +56,17 @@ def test_f14_what_does_not_fit_is_said_before_the_first_step(page: Path, tmp_pat
     here("run", page, f"directory={tmp_path / 'again'}", *wide, "batch.tokens=150")
 
 
+def test_f14_a_model_that_does_not_fit_is_said(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Its weights alone, before there is anything to rehearse."""
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 31.20 GiB, 23.70 GiB are free")
+
+    monkeypatch.setattr(runs.spread, "proved", full)
+    here("run", page, f"directory={tmp_path / 'run'}", code=5)
+    said = capsys.readouterr().err
+    assert "the model does not fit" in said and "31.20 GiB" in said and "lora.base=nf4" in said
+
+
 def test_f14_the_rehearsal_is_undone_to_the_bit(page: Path, tmp_path: Path) -> None:
     """Weights, moments and gradients are those of a run that was never rehearsed."""
     run = runs.begin(recipes.read(page, [f"directory={tmp_path / 'run'}"]), page, Screen(), ALONE)

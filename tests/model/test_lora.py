@@ -161,3 +161,20 @@ def test_the_adapters_file_is_pefts(model_type: str, tmp_path) -> None:
     ids = torch.arange(9).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(again.eval()(input_ids=ids).logits, one.eval()(input_ids=ids).logits)
+
+
+def test_adapters_of_narrow_matrices_begin_in_float32() -> None:
+    """PEFT rounds them to the format of the matrix beside them: A would have 8 bits, and DoRA's lengths be off by up to
+    2^-9 from those of the rows, so that the first answers were not the model's."""
+    config = AutoConfig.for_model(**miniatures.settings("qwen3", 61))
+    one = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    lora.inject(one, Lora(rank=4, dora=True, targets=("q_proj", "up_proj", "embed_tokens")))
+    adapters = {name: value for name, value in one.named_parameters() if "lora_" in name}
+    assert {value.dtype for value in adapters.values()} == {torch.float32}
+    first = adapters["model.layers.0.self_attn.q_proj.lora_A.default.weight"]
+    assert not torch.equal(first, first.bfloat16().float()), "drawn in float32"
+    layer = one.model.layers[1].mlp.up_proj
+    wanted = layer.base_layer.weight.float().norm(dim=1)
+    assert torch.equal(layer.lora_magnitude_vector["default"].weight, wanted)
+    found = one.model.embed_tokens.lora_magnitude_vector["default"].weight
+    assert torch.allclose(found, one.model.embed_tokens.base_layer.weight.float().norm(dim=0), rtol=1e-6)

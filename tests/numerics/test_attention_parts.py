@@ -11,6 +11,7 @@ import test_vision_invariance as seeing
 import torch
 from test_families import student
 from test_invariance import PACKS, check_equal, examples
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from schoolhouse.model import attention
 from schoolhouse.model.layouts import Group
@@ -63,3 +64,21 @@ def test_nothing_grows_with_the_square_of_the_length(rule: Rule, monkeypatch: py
         attention._of_group(*states, Group(1, range(LENGTH)), rule, {}).sum().backward()
     assert 0 < calls.largest < LENGTH * LENGTH * HEADS / 4
     assert all(bool(one.grad.any()) for one in states)
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_grouped_heads_on_an_accelerator(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's kernels beside FlashAttention know no grouped heads; asked for them, PyTorch holds all T x T scores."""
+    asked = []
+    monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: asked.append(params) or serves)
+    monkeypatch.setattr(attention, "SDPAParams", lambda *given: given)
+    states, calls = [torch.randn(2, heads, 6, 8) for heads in (4, 2, 2)], []
+    wanted = attention._looked_up(*states, None, Rule())
+    monkeypatch.setattr(attention.products, "attend", lambda *given, **how: calls.append((given, how)))
+    with FakeTensorMode():
+        attention._looked_up(*(torch.empty(one.shape, device="cuda") for one in states), None, Rule())
+    (given, how), heads = calls[0], 2 if serves else 4
+    assert (len(asked), how["enable_gqa"], [one.shape[1] for one in given[:3]]) == (1, serves, [4, heads, heads])
+    repeated = [states[0], *(one.repeat_interleave(2, 1) for one in states[1:])]
+    monkeypatch.undo()
+    assert torch.allclose(attention._looked_up(*repeated, None, Rule()), wanted, atol=1e-6)

@@ -19,6 +19,8 @@ from test_invariance import a_store, example, student
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from schoolhouse import train
+from schoolhouse.config import Lora
+from schoolhouse.model import lora
 from schoolhouse.model.load import Student
 from schoolhouse.parallel import fsdp
 from schoolhouse.types import Example
@@ -87,6 +89,18 @@ def kept(layout: group.Layout, tokens: int) -> int:
     return sum(storages.values())
 
 
+def formats(layout: group.Layout) -> list[list[str]]:
+    """Number formats of what a student with adapters holds of its weights in bfloat16: frozen ones, and trained ones
+    after a step."""
+    one = Student(student("qwen3", tied=False, **WIDTH).model.float(), group.mesh(layout))
+    lora.inject(one.model, Lora(rank=2))
+    fsdp.shard(one, one.mesh, torch.bfloat16, offload=False)
+    learn(one, conversation(64))
+    assert all(value.grad is not None for value in one.parameters() if value.requires_grad)
+    return [sorted({str(fsdp.own_part(value).dtype) for value in one.parameters() if value.requires_grad == trained})
+            for trained in (False, True)]
+
+
 def fits(layout: group.Layout, tokens: int, megabytes: int) -> bool:
     """Whether a conversation trains when this process may take so much more memory."""
     one = placed(layout)
@@ -107,6 +121,7 @@ def fits(layout: group.Layout, tokens: int, megabytes: int) -> bool:
 
 CASES: dict[str, Callable[[], Any]] = {
     "traffic 1x1x2": lambda: traffic((1, 1, 2), 64), "traffic 1x2x1": lambda: traffic((1, 2, 1), 64),
+    "formats 1x2x1": lambda: formats((1, 2, 1)),
     "traffic 1x1x4": lambda: traffic((1, 1, 4), 64),
     "kept 2x1x1": lambda: kept((2, 1, 1), 2048), "kept 1x1x2": lambda: kept((1, 1, 2), 2048),
     "fits 4x1x1 one": lambda: fits((4, 1, 1), 2000, 120), "fits 4x1x1 four": lambda: fits((4, 1, 1), 8000, 120),

@@ -32,11 +32,12 @@ def check(found: dict[str, int], processes: int, degree: int) -> None:
 
 def test_two_processes() -> None:
     """Traffic as the formulas say; the same long conversation keeps at most 60 % on each of two processes."""
-    found = group.run("measures.py", 2, ["traffic 1x1x2", "traffic 1x2x1", "kept 2x1x1", "kept 1x1x2"])
+    found = group.run("measures.py", 2, ["traffic 1x1x2", "traffic 1x2x1", "kept 2x1x1", "kept 1x1x2", "formats 1x2x1"])
     check(found["traffic 1x1x2"], 2, 2)
     check(found["traffic 1x2x1"], 2, 1)
     print(f"kept for backward: {found['kept 1x1x2'] / found['kept 2x1x1']:.1%} of one process")
     assert found["kept 1x1x2"] <= 0.6 * found["kept 2x1x1"]
+    assert found["formats 1x2x1"] == [["torch.bfloat16"], ["torch.float32"]], "half the memory for what is frozen"
 
 
 @pytest.mark.slow

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from schoolhouse.config import Parallel
 from schoolhouse.errors import MeshError
-from schoolhouse.parallel import ulysses
+from schoolhouse.parallel import mesh, ulysses
 from schoolhouse.parallel.place import Degrees, Place, degrees, first_host, machines, place
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456", "SLURM_STEP_NUM_TASKS": "8",
@@ -93,3 +94,12 @@ def test_machines_are_counted_as_torchrun_counts_them(named: str | None, wanted:
 def test_a_number_of_machines_that_is_none_is_refused(named: str) -> None:
     with pytest.raises(MeshError, match="PET_NNODES"):
         machines({"PET_NNODES": named})
+
+
+def test_an_accelerator_that_is_named_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process with device=cuda:1: what waits for "the device", or launches on it, means this one."""
+    current = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    for name in ("cpu", "cuda:1"):
+        mesh.connect(Parallel(), torch.device(name))
+    assert current == [1]

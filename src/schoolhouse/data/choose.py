@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -16,8 +16,9 @@ from typing import Literal
 import numpy as np
 
 from schoolhouse.config import Recipe, Source
+from schoolhouse.data import pictures
 from schoolhouse.errors import DataError
-from schoolhouse.types import Conversation
+from schoolhouse.types import Conversation, Part
 
 DRAWS = 2**63
 """First of the random streams for drawing rows, one for each source; the plan's streams for its epochs begin at 0."""
@@ -82,8 +83,15 @@ def quotas(choice: Choice, counts: Sequence[int]) -> list[int]:
 
 def is_held_out(conversation: Conversation, share: float, seed: int) -> bool:
     """Whether a conversation is held out: a number drawn from its content and the seed lies below `share`."""
-    said = [(one.role, one.parts, one.reasoning, one.tool_calls, one.tool_call_id, one.name)
+    said = [(one.role, tuple(map(_content, one.parts)), one.reasoning, one.tool_calls, one.tool_call_id, one.name)
             for one in conversation.messages]
     content = repr((said, conversation.tools)).encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(content, digest_size=8, key=seed.to_bytes(8, "big"))
     return int.from_bytes(digest.digest(), "big") < share * 2**64
+
+
+def _content(part: Part) -> Part:
+    """The part with an image by what it holds, where its `repr` would tell the address of an object instead."""
+    if part.kind == "text":
+        return part
+    return replace(part, value=replace(part.value, value=pictures.content(part.value.value)))

@@ -71,6 +71,15 @@ def open_picture(value: Any, root: str | None, most_pixels: int, where: str) -> 
     return Raw(path, encoded, hashlib.sha256(encoded).digest(), size)
 
 
+def content(value: Any) -> Any:
+    """What an image of a row holds, unread, by values whose `repr` is the same in every process."""
+    if isinstance(value, Image.Image):
+        return value.mode, value.size, value.getpalette(), hashlib.sha256(value.tobytes()).hexdigest()
+    if isinstance(value, Mapping):
+        return {name: content(inside) for name, inside in value.items()}
+    return bytes(value) if isinstance(value, memoryview) else value
+
+
 def decode(encoded: bytes, where: str) -> np.ndarray:
     """u8[height, width, 3]: the pixels of an image that `header` has seen, upright, transparency on white."""
     try:

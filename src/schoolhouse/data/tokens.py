@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "preprocessor_config.json",
+    "preprocessor_config.json", "processor_config.json",
 )
 """Everything in a model directory that decides what a row becomes."""
 PROBES = (

@@ -276,6 +276,11 @@ def _processor(directory: Path) -> BaseImageProcessor:
         return AutoImageProcessor.from_pretrained(
             directory, backend="pil", trust_remote_code=False, local_files_only=True
         )
+    except ImportError as error:  # before 5.18 transformers had no image processor without torchvision
+        raise ConfigError(
+            f"the image processor does not load: {' '.join(str(error).split()):.160}", where=str(directory),
+            required="transformers 5.18 or newer, or torchvision", remedy="pip install -U transformers",
+        ) from None
     except (OSError, ValueError, KeyError) as error:
         inert.refuse_code(error, directory)
         raise ConfigError(

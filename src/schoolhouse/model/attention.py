@@ -12,6 +12,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
@@ -79,8 +80,14 @@ def image_attention(
     query, key and value [1, H, P, K] of P patches to [1, P, H, K]."""
     assert attention_mask is None and query.shape[0] == 1, "images stand behind one another"
     states = [one.squeeze(0).transpose(0, 1) for one in (query, key, value)]
-    alike = _alike(tuple(cu_seq_lens_q.tolist()), query.device)
+    alike = _alike(_told(cu_seq_lens_q), query.device)
     return _attend(*states, alike, Rule(causal=False, scaling=scaling, dropout=dropout)).unsqueeze(0), None
+
+
+@functools.lru_cache(maxsize=4)
+def _told(offsets: torch.Tensor) -> tuple[int, ...]:
+    """The numbers of a tensor, which all layers of a tower are given: an accelerator is waited for once."""
+    return tuple(offsets.tolist())
 
 
 @functools.lru_cache(maxsize=4)
@@ -167,11 +174,24 @@ def _looked_up(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rule: Rule
 ) -> torch.Tensor:
     """Attention by PyTorch's own function, which keeps the scores to itself."""
+    causal, grouped = rule.causal and mask is None, query.shape[1] != key.shape[1]
+    if grouped and not _serves_groups(query, key, value, mask, rule.dropout, causal):
+        key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
+        grouped = False
     with attended.kernel(rule.dropout):
         return products.attend(
-            query, key, value, mask, dropout_p=rule.dropout, scale=rule.scaling,
-            is_causal=rule.causal and mask is None, enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, mask, dropout_p=rule.dropout, scale=rule.scaling, is_causal=causal, enable_gqa=grouped
         )
+
+
+def _serves_groups(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float, causal: bool
+) -> bool:
+    """Whether a fused kernel takes several heads of queries for one of keys. On CUDA only FlashAttention does, which
+    knows neither float32 nor masks; PyTorch would hold all scores instead, without a word."""
+    if query.device.type != "cuda":
+        return query.device.type == "cpu"
+    return can_use_flash_attention(SDPAParams(query, key, value, mask, dropout, causal, True))
 
 
 class _ToGroups(torch.autograd.Function):

@@ -223,11 +223,7 @@ def load(
         )
     except (OSError, ValueError, KeyError, *inert.faults()) as error:
         inert.refuse_code(error, directory)
-        raise ModelError(
-            f"the model does not load: {' '.join(str(error).split())[:200]}",
-            required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
-            where=str(directory), remedy="check config.json and the weights",
-        ) from None
+        raise _unloadable(error, directory) from None
     _refuse_missing(directory, found["missing_keys"])
     if sight.sees(model):
         sight.prepare(model)
@@ -258,6 +254,14 @@ def load(
     return student
 
 
+def _unloadable(error: Exception, directory: Path) -> ModelError:
+    return ModelError(
+        f"the model does not load: {' '.join(str(error).split())[:200]}",
+        required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
+        where=str(directory), remedy="check config.json and the weights",
+    )
+
+
 def _refuse_missing(directory: Path, names: Collection[str]) -> None:
     """Raise ModelError for weights that are in no file: transformers would draw them at random, and say so in a log."""
     if names:
@@ -268,10 +272,14 @@ def _refuse_missing(directory: Path, names: Collection[str]) -> None:
 
 
 def plain(directory: Path) -> PreTrainedModel:
-    """The model of a directory as transformers alone loads it, in the number format of its files."""
-    return sight.loader(directory).from_pretrained(
-        directory, dtype="auto", trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True
-    )
+    """The model of a directory as transformers alone loads it, in the number format of its files; raises ModelError."""
+    try:
+        return sight.loader(directory).from_pretrained(
+            directory, dtype="auto", trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, *inert.faults()) as error:
+        inert.refuse_code(error, directory)
+        raise _unloadable(error, directory) from None
 
 
 def skeleton(directory: Path, adapters: Lora | None, frozen: tuple[str, ...] = ()) -> PreTrainedModel:

@@ -24,6 +24,7 @@ from schoolhouse.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
 ADAPTER = "default"
@@ -52,6 +53,7 @@ class Adapted:
 def inject(model: PreTrainedModel, settings: Lora) -> None:
     """Freeze the model and put adapters in; raises ConfigError where a target matches nothing or cannot be adapted."""
     from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     whole = [name for name, _ in _whole(model, settings)]
     wanted = {*_experts(model, settings), *(f"{name}.weight" for name in _modules(model, settings))}
@@ -62,8 +64,32 @@ def inject(model: PreTrainedModel, settings: Lora) -> None:
         inject_adapter_in_model(configuration, model, ADAPTER)
     found = {one.tensor for one in adapted(model)}
     assert found == wanted, f"PEFT adapted other tensors than were asked for: {sorted(found ^ wanted)[:3]}"
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            _begin_in_float32(module)
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
+
+
+@torch.no_grad()
+def _begin_in_float32(layer: LoraLayer) -> None:
+    """PEFT rounds adapters to the number format of the matrix beside them: those of a narrow one are drawn again, and
+    DoRA's lengths of its rows measured again."""
+    adapters = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B, layer.lora_magnitude_vector)
+    narrow = [one for group in adapters for one in group.parameters() if one.dtype.itemsize < 4]
+    for one in narrow:
+        one.data = one.data.float()
+    if not narrow:
+        return
+    layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+    for lengths in layer.lora_magnitude_vector.values():
+        first, second = (
+            (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) if ADAPTER in layer.lora_A
+            else (layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER])
+        )
+        lengths.update_layer(
+            base_layer=layer.get_base_layer(), lora_A=first, lora_B=second, scaling=layer.scaling[ADAPTER]
+        )
 
 
 def refuse_frozen_words(model: PreTrainedModel) -> None:

@@ -31,17 +31,17 @@ def proved(
     """The recipe's student on this process's place, and its proof; raises ModelError or MeshError where it fails.
 
     No process ever holds a whole model of many processes: rank 0 proves it block by block, and cutting does the same.
-    Matrices in 4 bits are the exception: they are not cut, and every process has all of them.
+    Matrices in 4 bits are the exception: they are not cut, and every process has all of them. One process proves block
+    by block, too, what it will not hold in float32.
     """
-    if mesh.world == 1:
+    precision = getattr(torch, recipe.model.precision)
+    if mesh.world == 1 and (recipe.lora is None or precision == torch.float32):
         student = load.load(directory, recipe.model, place, recipe.lora)
-        student.teaching = teaching.teaching(recipe.train, student.model)
-        student.kernels = _kernels(student, place, recipe)
-        student.multiple = sizes.multiple(student.work, place, recipe.model.precision)
+        _outfit(student, recipe, place)
         return student, load.prove(student, seeing)
     _refuse(directory, mesh)
     number = stored(directory)
-    source = stacked.directory_of(directory, number)
+    source = directory if mesh.world == 1 else stacked.directory_of(directory, number)
     whole = load.load(source, recipe.model, torch.device("cpu"), recipe.lora, number=number, computes_on=place)
     kept = fourbit.matrices(whole.model)
     found = None
@@ -50,13 +50,20 @@ def proved(
             found = load.prove(whole, seeing)
     proof = Proof(*mesh.share([found.loss, found.difference] if found else None))
     student = Student(whole.model, mesh)
+    _outfit(student, recipe, place)
+    if mesh.world == 1:
+        fsdp.bring(student, place, precision, kept)
+        return student, proof
+    fsdp.shard(student, mesh, precision, offload=recipe.parallel.offload, kept=kept)
+    _check_layout(student, proof, seeing, AGREEMENT[recipe.model.precision])
+    return student, proof
+
+
+def _outfit(student: Student, recipe: Recipe, place: torch.device) -> None:
+    """What the student is taught with, by its recipe and the device that computes."""
     student.teaching = teaching.teaching(recipe.train, student.model)
     student.kernels = _kernels(student, place, recipe)
-    precision = recipe.model.precision
-    student.multiple = sizes.multiple(student.work, place, precision)
-    fsdp.shard(student, mesh, getattr(torch, precision), offload=recipe.parallel.offload, kept=kept)
-    _check_layout(student, proof, seeing, AGREEMENT[precision])
-    return student, proof
+    student.multiple = sizes.multiple(student.work, place, recipe.model.precision)
 
 
 def _kernels(student: Student, place: torch.device, recipe: Recipe) -> Kernels:

@@ -37,6 +37,9 @@ TRIALS = ((0, 70, 200), (0, 61, 301), (0, 1, 130, 835))
 end within a block, one holds whole ones."""
 RESTS = ((0, 30), (61, 0), (0, 120, 0))
 """The first tokens of each of these examples that ask nothing, as if they were computed in another."""
+SCALES = (0.7, 1.0, 1.3)
+"""What the scores of each of these examples are multiplied with, over the square root of a head's size: PyTorch
+compiles FlexAttention anew for the second number, as an argument, and keeps this for all others."""
 GROUPS = "in groups of like length"
 
 Kernel = Literal["varlen", "flex"]
@@ -193,9 +196,10 @@ def fault(
     results and gradients are right."""
     errors = []
     try:
-        for (boundaries, begins), window in itertools.product(zip(TRIALS, RESTS, strict=True), (None, 50)):
+        trials = zip(TRIALS, RESTS, SCALES, strict=True)
+        for (boundaries, begins, scale), window in itertools.product(trials, (None, 50)):
             rule = Rule(
-                window=window, softcap=softcap, scaling=0.7 * heads.size**-0.5,
+                window=window, softcap=softcap, scaling=scale * heads.size**-0.5,
                 sinks=torch.linspace(-1, 1, heads.queries, device=place) if sinks and chosen == "flex" else None,
             )
             seen = _seen(boundaries, place, together and chosen == "flex", begins if rests else None)

@@ -3,7 +3,7 @@
 Every block of the model is a group of its own: gathered when it is used, let go afterwards, gathered once more for its
 backward, which leaves every process with its part of the added gradient. What remains (embeddings, head, last norm, and
 blocks too small to be worth a gathering) belongs to the student itself, and is whole while a micro-batch is computed.
-Weights, gradient sums and moments are float32.
+Trained weights, gradient sums and moments are float32.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def shard(
     """Cut the weights of a student over the mesh, block by block, and let its gradients be added, not averaged.
 
     Weights may still lie in their file (mapped, in the type they are stored in): one block at a time becomes float32,
-    is moved to the device, and only this process's part of it stays. Parameters that are `kept` stay what they are,
-    whole and where they are, in every process.
+    what is frozen `precision`, is moved to the device, and only this process's part of it stays. Parameters that are
+    `kept` stay what they are, whole and where they are, in every process.
     """
     if offload and mesh.parameters.device_type == "cpu":
         raise MeshError(
@@ -45,7 +45,9 @@ def shard(
     cut = ((block, set(block.parameters()) - kept) for block in blocks(student))
     large = [block for block, parameters in cut if sum(one.numel() for one in parameters) >= SMALL]
     for group in (*large, student):
-        _widen(group, kept)
+        for parameter in group.parameters():
+            if not isinstance(parameter, DTensor):  # of a group inside it, which is cut already
+                _give_number(parameter, precision, kept)
         fully_shard(group, mesh=axes, mp_policy=policy, offload_policy=place, ignored_params=set(kept))
     in_order = [student, *large]
     for group, before in zip(in_order, [in_order[-1], *in_order[:-1]], strict=True):
@@ -105,11 +107,19 @@ def streamed(model: nn.Module, place: torch.device, kept: Set[nn.Parameter] = fr
             hook.remove()
 
 
-def _widen(group: nn.Module, kept: Set[nn.Parameter]) -> None:
-    """The group's weights in float32 at least; those of groups inside it are so already."""
-    for parameter in group.parameters():
-        if parameter.is_floating_point() and not isinstance(parameter, DTensor) and parameter not in kept:
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+def bring(model: nn.Module, place: torch.device, precision: torch.dtype, kept: Set[nn.Parameter]) -> None:
+    """Move a model whose weights lie in their file to `place`, each in its number format."""
+    for parameter in model.parameters():
+        _give_number(parameter, precision, kept, place)
+
+
+def _give_number(
+    parameter: nn.Parameter, precision: torch.dtype, kept: Set[nn.Parameter], place: torch.device | None = None
+) -> None:
+    """A copy of the weights, out of their file: in float32 at least where they are trained, else in `precision`."""
+    if parameter.is_floating_point() and parameter not in kept:
+        number = torch.promote_types(parameter.dtype, torch.float32) if parameter.requires_grad else precision
+        parameter.data = parameter.data.to(place, number, copy=True)
 
 
 def expect(student: nn.Module, *, last: bool) -> None:

@@ -7,6 +7,7 @@ consequences and said last, and its exit code becomes the command's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -80,7 +81,8 @@ def _forward_signals(office: Path) -> None:
     def forward(number: int, _: object) -> None:
         (office / STOP).touch()
         for path in office.glob("worker-*"):
-            os.kill(int(path.read_text(encoding="utf-8")), number)
+            with contextlib.suppress(ProcessLookupError, ValueError):  # it has died, or writes its number only now
+                os.kill(int(path.read_text(encoding="utf-8")), number)
 
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGINT, forward)

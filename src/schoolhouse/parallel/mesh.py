@@ -144,13 +144,16 @@ ALONE = Mesh()
 
 
 def connect(settings: Parallel, device: torch.device) -> Mesh:
-    """Join the other processes that the environment names; raises MeshError where the layout does not fit them."""
+    """Join the other processes that the environment names, each on its device.
+
+    Raises MeshError where the layout does not fit them.
+    """
     here = place(os.environ)
     layout = degrees(settings, here.world)
-    if here.world == 1:
-        return Mesh(here, layout)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
+    if here.world == 1:
+        return Mesh(here, layout)
     join(here, device)
     return arrange(here, layout, device)
 
