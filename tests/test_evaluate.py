@@ -287,7 +287,7 @@ def test_questions_are_shown_as_training_shows_them(model: Served) -> None:
 
 def questions_of(path: Path, rows: list[dict[str, Any]], model: Served) -> list[evaluate.Question]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return evaluate.questions(recipe_of(exam={"data": str(path)}), model)
+    return evaluate.questions(recipe_of(exam={"data": str(path), "grader": "exact"}), model)
 
 
 def test_the_last_answer_of_a_conversation_is_the_reference(tmp_path: Path, model: Served) -> None:
@@ -329,7 +329,7 @@ def talk(*weights: float | None) -> dict[str, Any]:
 
 def exam_of(path: Path, rows: list[dict[str, Any]], **settings: Any) -> Recipe:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return recipe_of(exam={"data": str(path), "turns": "every", "max_new_tokens": 5, **settings})
+    return recipe_of(exam={"data": str(path), "turns": "every", "grader": "exact", "max_new_tokens": 5, **settings})
 
 
 def test_a_played_conversation_holds_the_students_own_answers(tmp_path: Path, model: Served) -> None:
@@ -414,3 +414,21 @@ def test_drawn_answers_of_a_played_exam_are_the_same_again(tmp_path: Path, model
     asked = evaluate.questions(recipe, model)
     first, second, other = (evaluate.exam(one, model, asked, even_length, recipe.exam, seed)[1] for seed in (0, 0, 1))
     assert first == second != other
+
+
+@pytest.mark.parametrize(("reference", "grader", "fine"), [
+    ("4", "gsm8k", False), ("#### four", "gsm8k", False), ("2 + 2 = 4\n#### 4", "gsm8k", True), ("4", "exact", True),
+])
+def test_a_reference_that_no_answer_can_meet_is_refused(
+    reference: str, grader: str, fine: bool, tmp_path: Path, model: Served
+) -> None:
+    """Else every exam of the run would say 0 %."""
+    path = tmp_path / "exam.jsonl"
+    path.write_text(json.dumps({"question": "2 + 2?", "answer": reference}) + "\n")
+    recipe = recipe_of(exam={"data": str(path), "grader": grader})
+    if fine:
+        assert len(evaluate.questions(recipe, model)) == 1
+        return
+    with pytest.raises(DataError, match="exam.grader=exact or contains") as caught:
+        evaluate.questions(recipe, model)
+    assert "exam.jsonl:1" in caught.value.where

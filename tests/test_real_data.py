@@ -120,12 +120,12 @@ def test_validation_loss_on_gsm8k_falls(gsm8k: Path, shared: Path, tmp_path: Pat
 def test_stories260k_matches_its_golden_values(shared: Path) -> None:
     """The pretrained Llama through our packed path gives its float64 reference's golden loss of supervised tokens."""
     from schoolhouse.config import Model
-    from schoolhouse.model import load
+    from schoolhouse.model import isolation, load
 
     place, golden = _stories(shared)
     student = load.load(place, Model(path=str(place)), torch.device("cpu"))
     ids = torch.tensor(golden["ids"])
-    loss = student.loss(load._pack([ids, ids[:40]], torch.device("cpu"), None, None))
+    loss = student.loss(isolation._pack([ids, ids[:40]], torch.device("cpu"), None, None))
     both = (golden["nll_per_token"][load.OPENING : end : load.EACH] for end in (None, 39))
     wanted = sum(map(sum, both))
     assert float(loss.nll.detach()) == pytest.approx(wanted, rel=1e-4)

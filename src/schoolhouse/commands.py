@@ -365,6 +365,6 @@ def _examine(target: str, recipe: Recipe) -> tuple[dict[str, Any], list[dict[str
         raise ConfigError(
             "the recipe has no exam", required="exam.data", where="exam.data", remedy="add exam.data=SOURCE"
         )
-    with trained.opened(target) as (student, model):
+    with trained.opened(target, recipe) as (student, model):
         asked = evaluation.questions(recipe, model)
         return evaluation.exam(student, model, asked, graders.grader(recipe.exam.grader), recipe.exam, recipe.seed)

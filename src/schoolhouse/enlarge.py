@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schoolhouse import inert
-from schoolhouse.errors import ConfigError
+from schoolhouse.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -23,7 +23,7 @@ def fingerprint(base: Path, tokens: Sequence[str]) -> str:
     """Of all that decides the enlarged model: texts by their bytes, weights by size and time of their files."""
     parts = [list(tokens), version("transformers"), inert.code(base)]
     found = hashlib.sha256(json.dumps(parts).encode() + Path(__file__).read_bytes())
-    for path in sorted(base.iterdir()):
+    for path in sorted([*base.iterdir(), *base.glob("additional_chat_templates/*")]):
         if path.suffix == ".safetensors":
             about = path.stat()
             found.update(f"{path.name} {about.st_size} {about.st_mtime_ns}".encode())
@@ -61,10 +61,18 @@ def build(base: Path, tokens: Sequence[str], directory: Path) -> None:
 
 def _enlarged(base: Path, tokenizer: PreTrainedTokenizerFast, words: int) -> PreTrainedModel:
     import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from schoolhouse.model import load
-
-    model = load.plain(base)
+    sees = "vision_config" in json.loads((base / "config.json").read_text(encoding="utf-8"))
+    try:
+        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
+            base, dtype="auto", trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True
+        )
+    except OSError as error:
+        raise ModelError(
+            f"the model does not load: {' '.join(str(error).split())[:200]}", where=str(base),
+            required="a model of transformers, in safetensors", remedy="check config.json and the weights",
+        ) from None
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from schoolhouse import graders
 from schoolhouse.config import Exam, Recipe
 from schoolhouse.data import ahead, formats, loader, plan, prepare, sources, turns
 from schoolhouse.data.served import Served
@@ -95,10 +96,12 @@ def validation(
 
 
 def questions(recipe: Recipe, served: Served) -> list[Question]:
-    """The recipe's exam; raises DataError for a row that cannot be asked, before anything is trained."""
+    """The recipe's exam; raises, before anything is trained, DataError for a row that cannot be asked and ConfigError
+    for a grader that is not there."""
     source = recipe.exam.data
     if source is None:
         return []
+    graders.grader(recipe.exam.grader)
     settings, asked = prepare.row_settings(recipe.data, source), []
     for origin, row in sources.read(source):
         if isinstance(row, DataError):
@@ -121,6 +124,14 @@ def _question(conversation: Conversation, served: Served, settings: Exam) -> Que
     else:
         written, graded = _every_turn(conversation, answers)
     shown = [served.seen_prompt(conversation, place) for place in written]  # all, so that a template refuses here
+    for place in graded:
+        why = graders.unanswerable(settings.grader, conversation.messages[place].text)
+        if why:
+            raise DataError(
+                f"the answer of this row {why}, so that none can be right by exam.grader={settings.grader}",
+                required="references that the grader understands", where=f"{conversation.origin} (exam.data)",
+                remedy="set exam.grader=exact or contains, or mend the row",
+            )
     prompt, images = shown[0]
     return Question(conversation, written, graded, prompt, tuple(served.tokenize([prompt])[0]), images)
 

@@ -229,3 +229,8 @@ def _write_beside(base: Path, served: Served, place: Path) -> None:
             shutil.copy(base / name, place / name)
     if served.sight is not None:  # with the recipe's own limit of tokens, as it was trained
         served.sight.processor.save_pretrained(place)
+        path = place / "processor_config.json"  # where transformers 5 keeps the image processor: read before the other
+        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "image_processor" in told:
+            told["image_processor"] = json.loads(served.sight.processor.to_json_string())
+            path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

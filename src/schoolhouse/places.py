@@ -14,7 +14,7 @@ from schoolhouse import inert
 from schoolhouse.config import Model
 from schoolhouse.errors import CheckpointError, ConfigError
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "chat_templates/*")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
 """What is fetched of a hub model: never a pickle; code only where the command line allows it."""
 
 

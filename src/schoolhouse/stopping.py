@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -12,6 +13,8 @@ from types import FrameType
 from schoolhouse.errors import Stopped
 
 IMPATIENT_SECONDS = 3.0
+SOON = 0.1
+"""Seconds until a request that came during an import is looked at again."""
 INTERRUPTED = 130
 """Exit code of a process that ctrl-C ended."""
 
@@ -35,12 +38,27 @@ class StopRequest:
         finally:
             self._deferring = False
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if number == signal.SIGINT and now - self._last < IMPATIENT_SECONDS:
             os._exit(INTERRUPTED)
         if number == signal.SIGINT:
             self._last = now
         self.asked = True
-        if not self._deferring:
-            raise Stopped("stopped; the same command continues from the last checkpoint")
+        if self._deferring:
+            return
+        if _importing(frame):
+            again = threading.Timer(SOON, os.kill, (os.getpid(), signal.SIGTERM))
+            again.daemon = True
+            again.start()
+            return
+        raise Stopped("stopped; the same command continues from the last checkpoint")
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: what is raised there gets lost in its C++, or becomes an error of its own."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

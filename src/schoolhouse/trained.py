@@ -29,25 +29,30 @@ UNTRAINED = {
 """Settings of a run that serve its training alone: a device that answers may lack what they need."""
 
 
-def open_student(target: str) -> tuple[Student, Served]:
+def open_student(target: str, recipe: Recipe | None = None) -> tuple[Student, Served]:
     """A run directory's best checkpoint, in the precision of its run, or a model by hub id, directory or starter
-    name."""
+    name, with the settings of a model in `recipe` where one is given: its template, its stop tokens, its precision."""
     directory = Path(target)
-    if not (directory / "run.json").is_file():
-        return _open_model(Model(path=target), load.device("auto"))
-    recipe = _recipe(directory)
-    answering = recipe.model.model_copy(update=UNTRAINED)
-    student, model = _open_model(answering, load.device(recipe.device), recipe.lora)
-    exporting.put_weights(student.model, chosen(directory).tensors(checkpoint.WEIGHTS))
-    if recipe.model.precision == "bfloat16":
+    of_run = (directory / "run.json").is_file()
+    if of_run:
+        recipe = _recipe(directory)
+    settings = Model(path=target) if recipe is None else recipe.model
+    if not of_run and target != settings.path:
+        settings = settings.model_copy(update={"path": target, "revision": None, "new_tokens": ()})
+    adapters = recipe.lora if of_run else None
+    place = load.device("auto" if recipe is None else recipe.device)
+    student, model = _open_model(settings.model_copy(update=UNTRAINED), place, adapters)
+    if of_run:
+        exporting.put_weights(student.model, chosen(directory).tensors(checkpoint.WEIGHTS))
+    if settings.precision == "bfloat16":
         optim.narrow(student.model)
     return student, model
 
 
 @contextlib.contextmanager
-def opened(target: str) -> Iterator[tuple[Student, Served]]:
+def opened(target: str, recipe: Recipe | None = None) -> Iterator[tuple[Student, Served]]:
     """The same, answering inside as in the exams of its run: in the faster number format of its device."""
-    student, model = open_student(target)
+    student, model = open_student(target, recipe)
     precision = "bfloat16" if student.model.dtype == torch.bfloat16 else "float32"
     with products.fastest(student.device, precision):
         yield student, model

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -109,3 +112,29 @@ def test_f10_stopped_while_rows_are_prepared(tmp_path: Path) -> None:
 def test_no_library_can_swallow_a_stop() -> None:
     """Raised by a signal anywhere, like ctrl-C: `except Exception` in a library must let it through."""
     assert issubclass(Stopped, BaseException) and not issubclass(Stopped, Exception)
+
+
+def test_f10_a_request_during_an_import_is_not_lost(tmp_path: Path) -> None:
+    """What a handler raises inside an import is swallowed by libraries, or becomes their error: it is raised after."""
+    (tmp_path / "swallowing.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    whole = True\n"
+        "except BaseException:\n    whole = False\n"
+    )
+    program = """
+import time
+from schoolhouse.errors import Stopped
+from schoolhouse.stopping import StopRequest
+stop = StopRequest()
+import swallowing
+print(swallowing.whole, stop.asked)
+try:
+    time.sleep(30)
+except Stopped:
+    print("stopped")
+"""
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    said = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+        timeout=60, check=True,
+    ).stdout
+    assert said.split() == ["True", "True", "stopped"]

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from schoolhouse import train
 from schoolhouse.config import Lora
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import blocks, load
+from schoolhouse.model import blocks, isolation
 from schoolhouse.model.load import Student
 from schoolhouse.starter import miniatures
 
@@ -107,7 +107,7 @@ def test_only_what_is_trained_is_compiled() -> None:
     one.model.float()
     blocks.compile_blocks(one.model, CPU, TRACED)
     before = counters["stats"]["unique_graphs"]
-    assert load.prove(one).difference < 2e-5
+    assert isolation.prove(one).difference < 2e-5
     assert counters["stats"]["unique_graphs"] == before
 
 

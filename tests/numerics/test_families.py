@@ -12,7 +12,7 @@ from test_invariance import PACKS, check_equal, examples
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse.config import Lora
-from schoolhouse.model import attention, elementwise, load, lora
+from schoolhouse.model import attention, elementwise, isolation, lora
 from schoolhouse.model.load import Student
 from schoolhouse.starter import miniatures
 
@@ -71,4 +71,4 @@ def test_every_architecture_is_proved(family: str) -> None:
     """The check before the first step accepts each of them, in float32, with its adapters in place."""
     one = student(family, adapters(family))
     one.model.float()
-    assert load.prove(one).difference < 2e-5
+    assert isolation.prove(one).difference < 2e-5

@@ -18,7 +18,7 @@ from schoolhouse import train
 from schoolhouse.config import Lora
 from schoolhouse.data import shared_prefixes as shared
 from schoolhouse.errors import ModelError
-from schoolhouse.model import attention, blocks, layouts, load, varlen
+from schoolhouse.model import attention, blocks, isolation, layouts, varlen
 from schoolhouse.model import shared_prefixes as folding
 from schoolhouse.model.load import Student
 from schoolhouse.model.teaching import Teaching
@@ -186,7 +186,7 @@ def test_what_leaks_into_the_first_tokens_of_an_example_is_refused(layers: list[
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     with pytest.raises(ModelError, match="cannot be trained packed"):
-        load.prove(Student(model))
+        isolation.prove(Student(model))
 
 
 @pytest.mark.parametrize("how", [{}, {"keep_attention": True}], ids=["again", "but attention"])

@@ -17,7 +17,7 @@ from true_float64 import TrueFloat64
 
 from schoolhouse import train
 from schoolhouse.config import Lora
-from schoolhouse.model import last_block, load, lora, sight
+from schoolhouse.model import isolation, last_block, load, lora, sight
 from schoolhouse.model.load import Student
 
 TOLERANCE = 1e-9
@@ -159,21 +159,21 @@ def test_a_text_row_has_the_bits_of_plain_transformers(family: str, tmp_path: Pa
 def test_proof_before_the_first_step_sees_images_that_do_not_see_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     one, seeing = student("gemma3"), eyes("gemma3")
     one.model.float()
-    assert load.prove(one, seeing).difference < 2e-5
+    assert isolation.prove(one, seeing).difference < 2e-5
     monkeypatch.setattr(sight, "TOGETHER", ())
     with pytest.raises(load.ModelError, match="cannot be trained packed"):
-        load.prove(one, seeing)
+        isolation.prove(one, seeing)
 
 
 def test_proof_before_the_first_step_sees_a_wrong_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prove` accepts the miniature and refuses it when its image lands in the wrong places."""
     one, seeing = student(), eyes()
     one.model.float()
-    assert load.prove(one, seeing).difference < 2e-5
+    assert isolation.prove(one, seeing).difference < 2e-5
     turned = type(seeing).positions
     monkeypatch.setattr(type(seeing), "positions", lambda *args: turned(*args)[[0, 2, 1]])
     with pytest.raises(load.ModelError, match="cannot be trained packed"):
-        load.prove(one, seeing)
+        isolation.prove(one, seeing)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])

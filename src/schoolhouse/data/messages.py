@@ -219,6 +219,8 @@ def _call(value: object, where: str) -> Mapping[str, Any]:
             f"the arguments of the tool call are {function.get('arguments')!r:.60}", required="an object, or its JSON",
             where=where, remedy="mend the row; a call without arguments has {}",
         )
+    if isinstance(function["arguments"], str) and function["arguments"].lstrip().startswith("{"):
+        decoded(function["arguments"], f"{where}.arguments")  # else a broken object would be taught as a text
     return call
 
 

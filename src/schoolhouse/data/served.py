@@ -163,7 +163,8 @@ def rules(recipe: Recipe) -> Rules:
 def files(serving: Serving) -> list[Path]:
     """Everything on the disk that decides what a row becomes."""
     template = [Path(serving.chat_template)] if serving.chat_template else []
-    return [*(serving.directory / name for name in tokens.FILES), *template]
+    more = [path for name in tokens.MORE_FILES for path in sorted(serving.directory.glob(name))]
+    return [*(serving.directory / name for name in tokens.FILES), *more, *template]
 
 
 def load(serving: Serving) -> Served:

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "preprocessor_config.json", "processor_config.json",
+    "preprocessor_config.json",
 )
-"""Everything in a model directory that decides what a row becomes."""
+MORE_FILES = ("processor_config.json", "additional_chat_templates/*")
+"""Everything in a model directory that decides what a row becomes; of these what is there: the file in which
+transformers 5 keeps an image processor, and templates with a name, such as `tool_use`."""
 PROBES = (
     "18 + 1234 = <<18+1234=1252>>1252", "They don't; WE'LL see, it's 3.5%!", "  two blanks,\t\ta tab\n\n and lines\r\n",
     "你好，世界。今天25日", "naïve café re\u0301sume\u0301 हिन्दी ไทย", "def f(x):\n    return x**2  # _y_",

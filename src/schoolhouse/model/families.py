@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
 
 from schoolhouse.errors import ModelError
 from schoolhouse.loss import Head
@@ -19,16 +21,24 @@ SINKS = ("gpt_oss",)
 """Model types whose attention has sinks."""
 
 
+def settings_of(configuration: PretrainedConfig) -> dict[str, Any]:
+    """The settings of a model's text part; also by transformers' names for them, where the family has its own (GPT-2's
+    `n_head`)."""
+    text = configuration.get_text_config()
+    own = text.to_dict()
+    return {**{name: own[its] for name, its in text.attribute_map.items() if its in own}, **own}
+
+
 def serving_attention(model: PreTrainedModel) -> str:
     """transformers' attention for generation: PyTorch's, but for models whose scores it does not know how to bend."""
-    settings = model.config.get_text_config().to_dict()
+    settings = settings_of(model.config)
     bent = settings.get(ATTENTION_SOFTCAP) or settings["model_type"] in SINKS
     return "eager" if bent else "sdpa"
 
 
 def refuse(model: PreTrainedModel) -> None:
     """Raise ModelError where a model asks for what its training here would leave out."""
-    settings = model.config.get_text_config().to_dict()
+    settings = settings_of(model.config)
     where = str(model.config.name_or_path)
     if settings.get("quantization_config"):
         raise ModelError(
@@ -45,7 +55,7 @@ def head(model: PreTrainedModel) -> Head:
             f"{type(model).__name__} has no output embeddings", required="a causal language model",
             where=str(model.config.name_or_path), remedy="choose a model that AutoModelForCausalLM generates text with",
         )
-    settings = model.config.get_text_config().to_dict()
+    settings = settings_of(model.config)
     scale = 1.0
     for name in MULTIPLIED:
         scale *= settings.get(name) or 1.0

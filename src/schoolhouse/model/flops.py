@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from schoolhouse.model import last_block, sight, varlen
+from schoolhouse.model import families, last_block, sight, varlen
 
 EXPERTS = "experts"
 """The module below which each token uses a few matrices of many; shared experts have another name."""
@@ -54,7 +55,7 @@ class Work:
 
 def work(model: PreTrainedModel) -> Work:
     """What a step of a model costs, by its modules and its configuration."""
-    settings = model.config.get_text_config().to_dict()
+    settings = families.settings_of(model.config)
     head = model.get_output_embeddings()
     last = last_block.feed_forward(model)
     only_targets = {head} if last is None else {head, *last.modules()}
@@ -106,7 +107,7 @@ def _matrices(name: str, module: nn.Module, settings: Mapping[str, Any]) -> Iter
         share = settings["num_experts_per_tok"] / counted
     if isinstance(module, nn.Linear):
         yield share * module.in_features * module.out_features, module.weight.requires_grad
-    elif isinstance(module, nn.Conv2d | nn.Conv3d):  # patches side by side: every pixel is met once
+    elif isinstance(module, nn.Conv2d | nn.Conv3d | Conv1D):  # patches side by side: every pixel is met once
         yield float(module.weight.numel()), module.weight.requires_grad
     else:
         for one in module.parameters(recurse=False):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -16,8 +14,6 @@ from transformers.utils import ModelOutput
 
 from schoolhouse import inert, loss
 from schoolhouse.config import Lora, Model
-from schoolhouse.data import loader
-from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
 from schoolhouse.model import (
@@ -41,15 +37,9 @@ from schoolhouse.model import (
 from schoolhouse.model.flops import Work
 from schoolhouse.model.offload import to_host
 from schoolhouse.model.teaching import Drawn, Span, Teaching
-from schoolhouse.parallel import fsdp, ulysses
+from schoolhouse.parallel import ulysses
 from schoolhouse.parallel.mesh import ALONE, Mesh
-from schoolhouse.shares import share_out
-from schoolhouse.types import LossSum, MicroBatch, Vision
-
-OPENING = 3
-"""Tokens that two of the proof's sequences begin with."""
-EACH = 2
-"""Tokens of its sequences, behind what two begin with, to one that is supervised."""
+from schoolhouse.types import LossSum, MicroBatch
 
 
 class Student(nn.Module):
@@ -117,8 +107,7 @@ class Student(nn.Module):
         With `drawn`, the step whose random numbers are meant, it is what the step teaches (`self.teaching`); without,
         it is the plain loss. Its gradient counts 1 / `supervised`, the weight of the step.
         """
-        if micro.shared is not None:
-            micro = shared_prefixes.unfolded(micro) if self.apart else shared_prefixes.fold(micro)
+        micro = self.folded(micro)
         spared, fills = micro.shared.begins if micro.shared else (), self.multiple > 1 and micro.vision is None
         if fills:
             micro = ulysses.filled(micro, self.multiple * self.mesh.ulysses)
@@ -128,6 +117,12 @@ class Student(nn.Module):
             part = sizes.with_more_targets(part, self.multiple)
         nll, correct, weight = self(part, drawn, _worth(micro, part) if self.teaching.balance else None, share)
         return LossSum(nll, correct, weight, tokens, share, spared)
+
+    def folded(self, micro: MicroBatch) -> MicroBatch:
+        """A micro-batch as the model computes it: what examples begin with alike once, where that is possible."""
+        if micro.shared is None:
+            return micro
+        return shared_prefixes.unfolded(micro) if self.apart else shared_prefixes.fold(micro)
 
     def forward(
         self, part: MicroBatch, drawn: Drawn | None = None, worth: torch.Tensor | None = None, share: float = 1.0
@@ -223,7 +218,11 @@ def load(
         )
     except (OSError, ValueError, KeyError, *inert.faults()) as error:
         inert.refuse_code(error, directory)
-        raise _unloadable(error, directory) from None
+        raise ModelError(
+            f"the model does not load: {' '.join(str(error).split())[:200]}",
+            required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
+            where=str(directory), remedy="check config.json and the weights",
+        ) from None
     _refuse_missing(directory, found["missing_keys"])
     if sight.sees(model):
         sight.prepare(model)
@@ -254,14 +253,6 @@ def load(
     return student
 
 
-def _unloadable(error: Exception, directory: Path) -> ModelError:
-    return ModelError(
-        f"the model does not load: {' '.join(str(error).split())[:200]}",
-        required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
-        where=str(directory), remedy="check config.json and the weights",
-    )
-
-
 def _refuse_missing(directory: Path, names: Collection[str]) -> None:
     """Raise ModelError for weights that are in no file: transformers would draw them at random, and say so in a log."""
     if names:
@@ -272,14 +263,10 @@ def _refuse_missing(directory: Path, names: Collection[str]) -> None:
 
 
 def plain(directory: Path) -> PreTrainedModel:
-    """The model of a directory as transformers alone loads it, in the number format of its files; raises ModelError."""
-    try:
-        return sight.loader(directory).from_pretrained(
-            directory, dtype="auto", trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, *inert.faults()) as error:
-        inert.refuse_code(error, directory)
-        raise _unloadable(error, directory) from None
+    """The model of a directory as transformers alone loads it, in the number format of its files."""
+    return sight.loader(directory).from_pretrained(
+        directory, dtype="auto", trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True
+    )
 
 
 def skeleton(directory: Path, adapters: Lora | None, frozen: tuple[str, ...] = ()) -> PreTrainedModel:
@@ -291,135 +278,3 @@ def skeleton(directory: Path, adapters: Lora | None, frozen: tuple[str, ...] = (
         if adapters is not None:
             lora.inject(model, adapters)
     return model
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """What the proof of a student found."""
-
-    loss: float
-    """Of the micro-batch that was packed (nats, summed)."""
-    difference: float
-    """Relative, from the model's own loss of the same examples, one at a time."""
-
-
-def prove(student: Student, seeing: Sight | None = None) -> Proof:
-    """Compare a packed micro-batch of a few examples with the model's own forward, one example at a time.
-
-    A model whose logits pass through something we do not know, or whose layers let examples of a pack see one another,
-    is refused here with a ModelError instead of being trained wrongly. Two examples begin alike, and the last one, of
-    which the first token is supervised, with nothing that stands before it. A model that sees is shown an image in its
-    last example, and finds the positions of the first way for itself.
-    """
-    sequences, vision = _sequences(student, seeing)
-    training = student.model.training
-    student.model.eval()
-    try:
-        with torch.no_grad():
-            packed = student.loss(_pack(sequences, student.device, seeing, vision)).nll
-            student.model.set_attn_implementation("eager")
-            with elementwise.as_written(student.model):
-                alone = sum(
-                    _own_loss(student.model, sequence.to(student.device), chosen.to(student.device), seeing, seen)
-                    for sequence, chosen, seen in zip(
-                        sequences, _supervised(sequences), [*[None] * (len(sequences) - 1), vision], strict=True)
-                )
-    finally:
-        sight.attend(student.model, attention.NAME)
-        student.model.train(training)
-    difference = abs(float(packed) - float(alone)) / max(abs(float(alone)), 1e-6)
-    if not difference < 2e-5:  # float32 kernels agree to 1e-6; a pack that leaks was seen to differ by 2e-4 and more
-        raise ModelError(
-            f"{type(student.model).__name__} cannot be trained packed: its own loss is {float(alone):.6f}, "
-            f"packed {float(packed):.6f}",
-            required="the same loss for two examples in one pack as for each alone",
-            where=str(student.model.config.name_or_path),
-            remedy="choose another model, or report its architecture",
-        )
-    return Proof(float(packed), difference)
-
-
-@torch.no_grad()
-def packed_loss(student: Student, seeing: Sight | None = None) -> float:
-    """The loss of the proof's micro-batch, dropout off, by all processes that share it (nats, summed)."""
-    sequences, vision = _sequences(student, seeing)
-    training = student.model.training
-    student.model.eval()
-    nll = student.loss(_pack(sequences, student.device, seeing, vision)).nll
-    student.model.train(training)
-    fsdp.rest(student)
-    return float(student.mesh.sum(nll)) / student.mesh.data_ranks
-
-
-def _sequences(
-    student: Student, seeing: Sight | None, tokens: int = 7
-) -> tuple[list[torch.Tensor], Vision | None]:
-    """Sequences of tokens spread over the vocabulary, the same every time, and the image that the last one shows.
-
-    Those of a model that sees, which shares nothing, begin with different tokens."""
-    drawn = torch.arange(1, 3 * tokens + 4) * 7919 % student.vocabulary
-    first, second, third = drawn[: tokens + 1], drawn[tokens + 1 : 2 * tokens + 3], drawn[2 * tokens + 3 :]
-    if seeing is not None:
-        return _with_image([first, second], seeing, student.device, student.mesh)
-    return [first, torch.cat([first[:OPENING], second[OPENING:]]), third], None
-
-
-def _supervised(sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """bool[T] of each sequence of T + 1 tokens: every `EACH`th is supervised, behind what it begins with as another."""
-    found = []
-    for one in sequences:
-        alike = sum(torch.equal(one[:OPENING], other[:OPENING]) for other in sequences) > 1
-        behind = torch.arange(len(one) - 1) - (OPENING if alike else 0)
-        found.append((behind >= 0) & (behind % EACH == 0))
-    return found
-
-
-def _with_image(
-    sequences: list[torch.Tensor], seeing: Sight, place: torch.device, mesh: Mesh
-) -> tuple[list[torch.Tensor], Vision]:
-    """The sequences with the places of an image inside the second one, and the image: the first process of a group
-    that shares a micro-batch has its pixels."""
-    pixels, grid = seeing.eyes.trial()
-    plain = [torch.where(one == seeing.token, (one + 1) % seeing.token, one) for one in sequences]
-    places = torch.full((seeing.eyes.tokens(grid),), seeing.token)
-    second = torch.cat([plain[1][:2], places, plain[1][2:]])
-    shares = None if mesh.ulysses == 1 else share_out([1], mesh.ulysses)
-    seen = torch.from_numpy(pixels if mesh.ulysses_rank == 0 else pixels[:0]).to(place)
-    return [plain[0], second], Vision(seen, torch.tensor([grid], device=place), shares=shares)
-
-
-def _pack(
-    sequences: list[torch.Tensor], place: torch.device, seeing: Sight | None, vision: Vision | None
-) -> MicroBatch:
-    """Token sequences as one micro-batch; the image, where there is one, is the last sequence's.
-
-    Not every token is supervised, so that the proof sees it where something is computed for targets alone.
-    """
-    lengths, chosen = [len(sequence) - 1 for sequence in sequences], _supervised(sequences)
-    supervised, ids = torch.cat(chosen), [sequence[:-1].numpy() for sequence in sequences]
-    shared = None if seeing is not None else loader.shared(ids, [one.numpy() for one in chosen])
-    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-    if seeing is not None and seeing.family.placed_by_grid:
-        grids = [[], [tuple(vision.grid[0].tolist())]]
-        placed = [seeing.positions(one[:-1].numpy(), grid) for one, grid in zip(sequences, grids, strict=True)]
-        positions = torch.cat([torch.from_numpy(one) for one in placed], dim=1).unsqueeze(1)
-    micro = MicroBatch(
-        input_ids=torch.cat([sequence[:-1] for sequence in sequences]).unsqueeze(0),
-        labels=torch.cat([sequence[1:] for sequence in sequences]).unsqueeze(0),
-        weights=supervised.float().unsqueeze(0),
-        positions=positions,
-        boundaries=tuple(itertools.accumulate(lengths, initial=0)),
-        targets=supervised.nonzero().flatten(),
-        pack=(), supervised=float(supervised.sum()), vision=vision, shared=shared,
-    )
-    return loader.placed(micro, place)
-
-
-def _own_loss(
-    model: PreTrainedModel, sequence: torch.Tensor, chosen: torch.Tensor, seeing: Sight | None, vision: Vision | None
-) -> torch.Tensor:
-    """The summed loss of the supervised tokens, bool[T] of a sequence of T + 1, by the model's own logits."""
-    ids = sequence[:-1].unsqueeze(0)
-    seen = {} if vision is None else sight.own_inputs(model, vision, ids == seeing.token)
-    logits = model(input_ids=ids, use_cache=False, **seen).logits[0]
-    return torch.nn.functional.cross_entropy(logits[chosen].float(), sequence[1:][chosen], reduction="sum")

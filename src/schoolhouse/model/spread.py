@@ -12,8 +12,9 @@ from schoolhouse import inert
 from schoolhouse.config import Recipe
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MeshError
-from schoolhouse.model import fourbit, load, sight, sizes, stacked, teaching, varlen
-from schoolhouse.model.load import Proof, Student
+from schoolhouse.model import families, fourbit, isolation, load, sight, sizes, stacked, teaching, varlen
+from schoolhouse.model.isolation import Proof
+from schoolhouse.model.load import Student
 from schoolhouse.model.varlen import Kernels
 from schoolhouse.parallel import fsdp, ulysses
 from schoolhouse.parallel.mesh import Mesh
@@ -38,7 +39,7 @@ def proved(
     if mesh.world == 1 and (recipe.lora is None or precision == torch.float32):
         student = load.load(directory, recipe.model, place, recipe.lora)
         _outfit(student, recipe, place)
-        return student, load.prove(student, seeing)
+        return student, isolation.prove(student, seeing)
     _refuse(directory, mesh)
     number = stored(directory)
     source = directory if mesh.world == 1 else stacked.directory_of(directory, number)
@@ -47,7 +48,7 @@ def proved(
     found = None
     if mesh.is_first:
         with fsdp.streamed(whole.model, place, kept):
-            found = load.prove(whole, seeing)
+            found = isolation.prove(whole, seeing)
     proof = Proof(*mesh.share([found.loss, found.difference] if found else None))
     student = Student(whole.model, mesh)
     _outfit(student, recipe, place)
@@ -62,8 +63,9 @@ def proved(
 def _outfit(student: Student, recipe: Recipe, place: torch.device) -> None:
     """What the student is taught with, by its recipe and the device that computes."""
     student.teaching = teaching.teaching(recipe.train, student.model)
-    student.kernels = _kernels(student, place, recipe)
-    student.multiple = sizes.multiple(student.work, place, recipe.model.precision)
+    with isolation.understood(student):
+        student.kernels = _kernels(student, place, recipe)
+        student.multiple = sizes.multiple(student.work, place, recipe.model.precision)
 
 
 def _kernels(student: Student, place: torch.device, recipe: Recipe) -> Kernels:
@@ -84,7 +86,7 @@ def _refuse(directory: Path, mesh: Mesh) -> None:
     """Raise MeshError for a Ulysses degree that cannot work, before any weight is read."""
     with inert.code_refused(directory):
         configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=inert.allowed())
-    settings = configuration.get_text_config().to_dict()
+    settings = families.settings_of(configuration)
     if mesh.ulysses > 1:
         ulysses.refuse_heads(settings.get("num_attention_heads") or 1, mesh.ulysses)
         ulysses.refuse_rope(settings, mesh.ulysses)
@@ -92,7 +94,7 @@ def _refuse(directory: Path, mesh: Mesh) -> None:
 
 def _check_layout(student: Student, proof: Proof, seeing: Sight | None, agreement: float) -> None:
     """The loss by this layout must be that of one process, and every axis must have reached the model."""
-    loss = load.packed_loss(student, seeing)
+    loss = isolation.packed_loss(student, seeing)
     difference = abs(loss - proof.loss) / max(abs(proof.loss), 1e-6)
     exchange = student.exchange
     reached = bool(fsdp.blocks(student.model)) and (exchange is None or exchange.calls > 0)

@@ -147,7 +147,7 @@ def kernels(model: PreTrainedModel, place: torch.device, precision: str, mesh: M
     tokens of an image see one another."""
     if place.type != "cuda" or precision != "bfloat16":
         return Kernels()
-    settings = model.config.get_text_config().to_dict()
+    settings = families.settings_of(model.config)
     heads, softcap = heads_of(settings, mesh.ulysses), settings.get(families.ATTENTION_SOFTCAP)
     unfit = _unfit(heads, settings)
     if unfit:
