@@ -341,7 +341,7 @@ def test_the_rate_rises_and_falls(settings_: Optim, steps: int) -> None:
     down = rates[max(0, warmup - 1):]
     assert all(later <= earlier + slack for earlier, later in itertools.pairwise(down))
     assert all(-slack <= rate <= peak + slack for rate in rates)
-    if warmup < steps:
+    if warmup < steps and steps > 1:
         last = peak if settings_.schedule == "constant" else peak * settings_.minimum
         assert rates[-1] == pytest.approx(last, abs=slack)
 
@@ -461,3 +461,20 @@ def test_muon_may_move_everything() -> None:
     teach(model, optimizer, range(1))
     assert not torch.equal(before, model[0].weight)
     assert optimizer.describe() == "Muon for 1 matrices, AdamW for 0 other tensors"
+
+
+def test_a_single_step_has_the_peak() -> None:
+    """It would be the last of its schedule, at `minimum`: a first try of one step would try nothing."""
+    for schedule in ("cosine", "linear", "constant"):
+        assert optim.learning_rate(Optim(learning_rate=0.5, schedule=schedule, warmup=0.1), 1, 1) == 0.5
+        assert optim.learning_rate(Optim(learning_rate=0.5, schedule="cosine", warmup=0.0), 2, 2) == 0.0
+
+
+def test_biases_of_experts_do_not_decay() -> None:
+    """They are stacks [E, …], with two dimensions as matrices have."""
+    model = torch.nn.Module()
+    model.down_proj, model.down_proj_bias = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    one = optim.Optimizer(model, Optim(weight_decay=0.1), "float32")
+    groups = one._optimizers[0].param_groups
+    decays = {id(tensor): group["weight_decay"] for group in groups for tensor in group["params"]}
+    assert (decays[id(model.down_proj)], decays[id(model.down_proj_bias)]) == (0.1, 0.0)

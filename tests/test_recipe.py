@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from schoolhouse import peers
 from schoolhouse import recipe as recipes
 from schoolhouse.config import Recipe
 from schoolhouse.errors import ConfigError
@@ -101,6 +102,30 @@ def test_what_is_no_override(tmp_path: Path, override: str) -> None:
     assert "command line" in mistake(tmp_path, SHORT, override)
 
 
+def test_an_override_without_a_value_switches_nothing_off(tmp_path: Path) -> None:
+    """`optim.clip=$CLIP` with the variable not set; `null` has to be written."""
+    assert "optim.clip=null" in mistake(tmp_path, SHORT, "optim.clip=")
+    assert read(tmp_path, SHORT, "optim.clip=null").optim.clip is None
+
+
+def test_a_single_source_is_the_first(tmp_path: Path) -> None:
+    for text in ("model: m\ndata: {train: a}\n", "model: m\ndata: {train: {path: a, limit: 9}}\n"):
+        one = read(tmp_path, text, "data.train.0.limit=4")
+        assert [(source.path, source.limit) for source in one.data.train] == [("a", 4)]
+
+
+def test_a_section_of_the_command_line_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    assert "command line: trainer.total_epochs" in mistake(tmp_path, SHORT, "trainer.total_epochs=3")
+
+
+def test_every_name_of_others_is_one_of_ours() -> None:
+    """And none of them hides a setting's own name."""
+    ours = set(recipes._all_keys())
+    assert set(peers.WORDS) - {"--nproc"} <= ours
+    assert not {name.rsplit(".", 1)[-1] for name in ours} & set(peers.NAMES)
+    assert len(peers.NAMES) == sum(len(words.split()) for words in peers.WORDS.values()), "each means one thing"
+
+
 # What is wrong, where, and what was meant.
 
 
@@ -126,6 +151,9 @@ def test_f23_every_mistake_at_once(tmp_path: Path) -> None:
     ("learning_rate: 1", "optim.learning_rate"), ("exam: {grade: x}", "exam.grader"),
     ("data: {train: [{path: a, limits: 3}]}", "data.train.0.limit"), ("optim: {epochs: 3}", "train.epochs"),
     ("max_new_token: 3", "exam.max_new_tokens"), ("chekpoint: {}", "checkpoint"),
+    ("save_steps: 50", "checkpoint.every"), ("eval_steps: 10", "validation.every"),
+    ("optim: {lr: 1}", "optim.learning_rate"),
+    ("lora: {r: 8}", "lora.rank"), ("output_dir: x", "directory"), ("num-train-epochs: 3", "train.epochs"),
 ])
 def test_f23_the_nearest_key(tmp_path: Path, wrong: str, meant: str) -> None:
     text = SHORT.split("data:")[0] if wrong.startswith("data") else SHORT

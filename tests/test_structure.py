@@ -23,7 +23,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 HEAVY = ("torch", "transformers")
 
 LAYERS = (
-    ("errors", "types", "config", "recipe", "inert", "places", "enlarge", "orphans", "shares", "starter"),
+    ("errors", "types", "config", "recipe", "inert", "places", "enlarge", "orphans", "peers", "shares",
+     "starter"),
     ("data", "parallel"),
     ("loss", "model", "optim", "graders", "memory", "stopping"),
     ("checkpoint", "saving", "evaluate", "record", "room", "estimate", "screen", "overview", "export", "proof",

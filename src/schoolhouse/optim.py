@@ -261,7 +261,10 @@ def _adamw(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
 
 
 def learning_rate(settings: Optim, step: int, steps: int) -> float:
-    """The rate of step `step` (from 1) of `steps`: a linear rise to the peak, then down to `minimum` x peak."""
+    """The rate of step `step` (from 1) of `steps`: a linear rise to the peak, then down to `minimum` x peak. A single
+    step has the peak: it would be the last, and try nothing."""
+    if steps == 1:
+        return settings.learning_rate
     warmup = warmup_steps(settings, steps)
     if step <= warmup:
         return settings.learning_rate * step / warmup

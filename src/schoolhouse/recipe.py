@@ -13,6 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from schoolhouse import peers
 from schoolhouse.config import Recipe
 from schoolhouse.errors import ConfigError, SafetyError
 
@@ -34,6 +35,8 @@ class _Dumper(yaml.SafeDumper):
 
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+SOURCES = (("data", "train"), ("data", "validation"))
+"""Settings that are a source, or a list of them: one alone is the first of the list."""
 BROKEN = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError)
 """What PyYAML raises on text that is no YAML, and on values that their tag does not allow."""
 
@@ -134,6 +137,11 @@ def _override(values: dict[str, Any], places: dict[Key, str], override: str) -> 
             f"{override!r} is no setting", required="key=value with a dotted key, e.g. optim.learning_rate=1e-4",
             where="command line", remedy=f"write {name.strip() or 'key'}=VALUE",
         )
+    if not text.strip():
+        raise ConfigError(
+            f"{name.strip()}= has no value", required="key=value", where="command line",
+            remedy=f"write {name.strip()}=null, if it is to have none; was a variable of the shell not set?",
+        )
     _put(values, tuple(keys), (), _value(text))
     for place in [place for place in places if place[: len(keys)] == tuple(keys)]:
         del places[place]
@@ -153,6 +161,8 @@ def _put(values: Any, keys: tuple[str, ...], above: tuple[str, ...], value: Any)
     if not keys:
         return value
     name, rest = keys[0], keys[1:]
+    if name == "0" and above in SOURCES and isinstance(values, str | dict):
+        values = [values]
     if isinstance(values, list) and name.isdigit() and int(name) < len(values):
         values[int(name)] = _put(values[int(name)], rest, (*above, name), value)
         return values
@@ -205,11 +215,11 @@ def _fault(one: Mapping[str, Any], path: Path, places: Mapping[Key, str]) -> tup
 
 
 def _place(key: Key, path: Path, places: Mapping[Key, str]) -> str:
-    """The file and line of a key, or of the nearest key around it."""
+    """The file and line of a key, of the nearest key around it, or of one inside it."""
     for length in range(len(key), 0, -1):
         if key[:length] in places:
             return places[key[:length]]
-    return str(path)
+    return next((places[other] for other in places if other[: len(key)] == key), str(path))
 
 
 def _dotted(key: Key) -> str:
@@ -245,8 +255,12 @@ def _all_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
 
 
 def _nearest_key(key: Key) -> str | None:
-    """The known key that looks most like this one: first among its siblings, then by last name anywhere."""
+    """What other trainers mean by this key, else the known key that looks most like it: first among its siblings, then
+    by last name anywhere."""
     parent, name = key[:-1], str(key[-1])
+    known_as = peers.NAMES.get(name.lower().replace("-", "_"))
+    if known_as is not None:
+        return known_as
     section = _section(parent)
     if section is not None:
         near = difflib.get_close_matches(name, section.model_fields, n=1)

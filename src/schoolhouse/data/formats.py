@@ -266,9 +266,11 @@ def _unrecognised(fields: _Fields, name: str | None) -> DataError:
 
 def _unknown_columns(fields: _Fields, name: str | None) -> ConfigError:
     known = {field for form in _FORMS if name in (None, form.name) for field in form.fields}
-    near = [match for field in fields.columns for match in difflib.get_close_matches(field, known - {field}, n=1)]
+    strange = [field for field in fields.columns if field not in known]
+    near = [match for field in strange for match in difflib.get_close_matches(field, known, n=1)]
     return ConfigError(
-        f"data.columns names fields that {name or 'no single form'} does not have: {', '.join(fields.columns)}",
+        f"data.columns names fields that {name or 'no single form'} {'does not have' if name else 'has'}: "
+        f"{', '.join(fields.columns)}",
         required=f"fields of {name or 'one form'}: {', '.join(sorted(known))}", where="data.columns",
         remedy=f"did you mean {near[0]}?" if near else "mend the names, or write the conversation with data.messages",
     )
