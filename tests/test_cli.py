@@ -93,7 +93,8 @@ MISTAKES = {
     "there is no chat template": ("check {page} model.chat_template={tmp}/none.jinja", 2),
     "device": ("run {page} directory={tmp}/run device=warp", 2),
     "cuda:77": ("run {page} directory={tmp}/run device=cuda:77", 2),
-    "empty.jsonl": ("check {page} data.train={empty}", 3),
+    "empty.jsonl": ("check {page} data.train={empty}", 3), "there is no directory": ("check {page} model=./nope", 2),
+    "has no value": ("check {page} optim.clip=", 2),
 }
 """What is said, by what was typed and the exit code of the contract."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import select
@@ -37,6 +38,9 @@ OVERRIDES = "settings put over the recipe's, e.g. optim.learning_rate=1e-4"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot write a character is shown its number
+            stream.reconfigure(errors="backslashreplace")
     options = parse(arguments)
     spins = {} if "OMP_WAIT_POLICY" in os.environ else SPINS
     os.environ.update({**ENVIRONMENT, **CACHES, **spins, **os.environ})

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from schoolhouse import estimate
+from schoolhouse import estimate, evaluate
 from schoolhouse.config import Recipe
 from schoolhouse.data import account, choose, prepare, served, show, tokens, vision
 from schoolhouse.data import plan as plans
@@ -31,11 +31,15 @@ LONGEST = 5
 
 
 def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]:
-    """Prepare all sources of a recipe and describe them; what `check --json` prints."""
+    """Prepare all sources of a recipe, read its exam, and describe them; what `check --json` prints."""
     train, validation = stores(recipe, serving, screen)
     model = served.load(serving)
     shares = _shares(recipe, serving.directory)
     plan = plans.plan(train, recipe, shares=shares)
+    in_force = {**_in_force(recipe, model), **tokens.beyond(serving.directory, int(train.lengths.max()))}
+    asked = evaluate.questions(recipe, model)
+    if asked:
+        in_force["exam"] = f"{len(asked):,} questions, graded by {recipe.exam.grader}"
     return {
         "train": ledger(train, shares=shares),
         "validation": ledger(validation, shares=shares) if validation else None,
@@ -45,7 +49,7 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
         "micro_batches": len(plan.step(1).packs),
         "prepared": str(train.directory),
         "memory": estimate.memory(recipe, serving.directory),
-        "in_force": [{"what": what, "value": value} for what, value in _in_force(recipe, model).items()],
+        "in_force": [{"what": what, "value": value} for what, value in in_force.items()],
     }
 
 

@@ -59,11 +59,18 @@ def model_directory(path: str, revision: str | None = None) -> Path:
     local = Path(path)
     if local.is_dir():
         if not (local / "config.json").is_file():
+            adapter = (local / "adapter_config.json").is_file()
             raise ConfigError(
-                f"{path} holds no model", required="a directory with config.json and tokenizer files",
-                where="model.path", remedy="name the directory that holds config.json",
+                f"{path} holds {'an adapter, and ' if adapter else ''}no model", where="model.path",
+                required="a directory with config.json and tokenizer files", remedy="write a whole model with "
+                "`schoolhouse export RUN --merge`" if adapter else "name the directory that holds config.json",
             )
         return inert.checked(local)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ConfigError(
+            f"there is no directory {path}", where="model.path", remedy="check the path",
+            required="a local directory, starter/NAME, or a model of the Hugging Face hub",
+        )
     return inert.checked(_snapshot(path, revision))
 
 

@@ -28,7 +28,7 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.model import blocks, flops, fourbit, load, lora, products, spread
+from schoolhouse.model import blocks, families, flops, fourbit, load, lora, products, spread
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel.mesh import Mesh
@@ -187,6 +187,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
         student, proof = spread.proved(directory, recipe, device, mesh, model.sight)
         # a student that is cut has float32 masters by itself, and gathers them in the precision of its matrix products
         optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision if mesh.world == 1 else "float32")
+    families.refuse_length(student.model, int(store.lengths.max()))
     student.add_in_place(optimizer.total)
     plan = plans.plan(store, recipe, _packs_at_once(previous, mesh), shares=not student.apart)
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
@@ -319,6 +320,7 @@ def _info(
         "steps": f"{run.steps:,} of {recipe.batch.examples} examples, {plan.steps_per_epoch:,} an epoch; "
         f"micro-batches of at most {plan.tokens:,} tokens"
         + (f", filled up to multiples of {run.student.multiple}" if run.student.multiple > 1 else ""),
+        **tokens.beyond(places.directory_of(recipe.model), int(run.store.lengths.max())),
         "device": str(run.student.device),
         "layout": spread.in_force(run.student),
         "directory": str(run.record.directory),

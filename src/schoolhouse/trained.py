@@ -96,6 +96,12 @@ def chosen(directory: Path, step: int | None = None) -> Checkpoint:
     found, rejected = checkpoint.newest(parent)
     if step is None and found is not None:
         step = found.state["best"]["step"] if found.state["best"] else found.step
+    steps = [checkpoint.step_of(path) for path in checkpoint.steps_in(parent)]
+    if step is not None and steps and step not in steps:
+        raise CheckpointError(
+            f"{directory} holds no checkpoint of step {step}", required="a step that was kept", where=str(parent),
+            remedy=f"there are {', '.join(map(str, steps))}; checkpoint.keep says how many stay",
+        )
     if step is not None:
         return checkpoint.verify(parent / f"{checkpoint.PREFIX}{step:08d}")
     if rejected:

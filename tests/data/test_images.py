@@ -127,6 +127,18 @@ def test_a_row_without_images_is_read_as_before() -> None:
     assert question.text == row["question"] and [part.kind for part in question.parts] == ["text"]
 
 
+@pytest.mark.parametrize("mark", ["<image>", "<video>"])
+def test_a_place_without_an_image_is_no_text_for_a_model_that_sees(mark: str, model: Served) -> None:
+    """It would be taught to answer blindly; in an answer, and for a model that sees nothing, it is text."""
+    for more in ({}, {"images": []}, {"images": None}):
+        with pytest.raises(DataError, match="no image for it"):
+            prompt(model, {"question": f"{mark}hue?", "answer": "red", **more})
+    assert "hue?" in prompt(model, {"question": "hue?", "answer": f"the tag {mark}"})
+    blind = served.load(served.serving(Model(path="starter/qwen3"), places.model_directory("starter/qwen3")))
+    said = formats.to_conversation({"question": f"{mark}hue?", "answer": "red"}, Rows(), Origin("x", 1))
+    assert mark in blind.seen_prompt(said, 1)[0]
+
+
 def prepared(model: Served, rows: list[dict[str, Any]], place: Path, **data: Any) -> store.Store:
     path = place / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from schoolhouse.errors import ModelError
-from schoolhouse.model import attention, isolation
+from schoolhouse.errors import ConfigError, ModelError
+from schoolhouse.model import attention, families, isolation
 from schoolhouse.model.load import Student
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -52,3 +52,15 @@ def test_a_model_that_is_called_in_vain_is_refused_by_name(family: str) -> None:
     """Its layers hand no arguments on to the attention: no Python error of some depth."""
     with pytest.raises(ModelError, match="cannot be trained packed: TypeError"):
         isolation.prove(made(family))
+
+
+@pytest.mark.parametrize(("family", "sizes"), [
+    ("gpt2", {"n_positions": 64}), ("opt", {"max_position_embeddings": 64, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+])
+def test_more_tokens_than_learnt_places_are_refused(family: str, sizes: dict[str, int]) -> None:
+    """No index out of range somewhere in the first step; rotary places have no such end."""
+    one = made(family, **sizes).model
+    families.refuse_length(one, 64)
+    with pytest.raises(ConfigError, match=r"has learnt 64 places"):
+        families.refuse_length(one, 65)
+    families.refuse_length(made("llama", max_position_embeddings=64).model, 65)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -61,6 +63,9 @@ def test_a_layout_that_cannot_be_is_refused(world: int, settings: dict[str, int]
     with pytest.raises(MeshError) as caught:
         degrees(Parallel(**settings), world)
     assert caught.value.exit_code == 2
+    told = re.search(r"--nproc (\d+)", caught.value.remedy)
+    if told and not settings.get("offload"):
+        assert degrees(Parallel(**settings), int(told[1])), "what it says would work"
 
 
 def test_heads_that_cannot_be_divided_are_refused_with_the_nearest_degree() -> None:

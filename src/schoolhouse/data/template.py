@@ -261,8 +261,11 @@ def _raised(error: Exception, program: Program, messages: Sequence[Message], ori
     remedy = "mend the row, or set model.chat_template to a template that serves such conversations"
     if isinstance(error, jinja2.UndefinedError) and unset:
         remedy = f"set model.template_arguments: {{{unset[0]}: …}}, or set model.chat_template to another template"
+    roles = handed.roles(messages)
+    if not roles:
+        remedy = "an answer that nothing stands before: give it weight 0 to have it as context, or delete it"
     return TemplateError(
         f"the chat template refuses this conversation: {type(error).__name__}: {words:.200}",
-        required=f"messages that the template can render; these have the roles {handed.roles(messages)}",
+        required=f"messages that the template can render; these have the roles {roles or '(none)'}",
         where=str(origin), remedy=remedy,
     )

@@ -216,10 +216,30 @@ def stop_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase, named: Sequ
 
 
 def vocabulary(directory: Path) -> int | None:
-    """The number of embeddings that the model's configuration tells; those of several models tell it in a part."""
+    """The number of embeddings that the model's configuration tells."""
+    return _setting(directory, "vocab_size")
+
+
+def positions(directory: Path) -> int | None:
+    """The number of tokens that the model was made for, as its configuration tells it."""
+    return _setting(directory, "max_position_embeddings", "n_positions")
+
+
+def _setting(directory: Path, *names: str) -> int | None:
+    """The first of these settings that is there; models of several parts tell it in one."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    settings = {**config.get("text_config", {}), **config}
+    return next((settings[name] for name in names if settings.get(name)), None)
+
+
+def beyond(directory: Path, longest: int) -> dict[str, str]:
+    """What to say of an example that is longer than the model was made for; nothing where none is."""
+    made_for = positions(directory)
+    if made_for is None or longest <= made_for:
+        return {}
+    return {"positions": f"the longest example has {longest:,} tokens, and the model was made for {made_for:,}: what "
+                         "stands behind them is new to it (data.max_tokens)"}
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

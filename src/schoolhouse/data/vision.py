@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
 _MARK = re.compile(r"<[^<>\s]+>")
+MARKS = ("<image>", "<video>")
+"""How rows write a place into a text. A model that sees would learn to answer without what is meant."""
 THUMBNAIL = 160
 """Pixels of the longer side of an image where it is shown."""
 PROCESSOR = "preprocessor_config.json"
@@ -150,6 +152,13 @@ def _pictures_of(conversation: Conversation, sight: Sight) -> list[list[Picture]
 
 
 def _pictures(message: Message, sight: Sight, where: str) -> list[Picture]:
+    marks = [mark for mark in MARKS for part in message.parts if part.kind == "text" and mark in part.value]
+    if marks and message.role != "assistant":  # a place that has its image is a part of its own by now
+        raise DataError(
+            f"{marks[0]} stands in a text that is shown, and the row has no image for it", where=where,
+            required="an image in the row's column for each such place", remedy="name the column that has it "
+            "(data.columns), mend the row, or write the word otherwise where it is no place",
+        )
     return [sight.look(part.value, where) for part in message.parts if part.kind == "image"]
 
 

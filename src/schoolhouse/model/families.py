@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from schoolhouse.errors import ModelError
+from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
 
 SOFTCAP = "final_logit_softcapping"
@@ -17,6 +19,8 @@ DIVIDED = ("logits_scaling",)
 
 
 ATTENTION_SOFTCAP = "attn_logit_softcapping"
+LEARNT = re.compile(r"^(?!.*vi(sion|sual)).*\b(wpe|embed_positions|position_embeddings?)$")
+"""Modules with a vector for each place of a text, by their names; vision towers have such of their patches."""
 SINKS = ("gpt_oss",)
 """Model types whose attention has sinks."""
 
@@ -44,6 +48,18 @@ def refuse(model: PreTrainedModel) -> None:
         raise ModelError(
             "the weights are stored quantised", required="weights in float32, float16 or bfloat16", where=where,
             remedy="use the full-precision weights of the model",
+        )
+
+
+def refuse_length(model: PreTrainedModel, longest: int) -> None:
+    """Raise ConfigError where a model has learnt each place of a text, and an example has more tokens than places."""
+    made_for = settings_of(model.config).get("max_position_embeddings")
+    learnt = any(isinstance(one, nn.Embedding) and LEARNT.search(name) for name, one in model.named_modules())
+    if learnt and made_for and longest > made_for:
+        raise ConfigError(
+            f"the longest example has {longest:,} tokens, and the model has learnt {made_for:,} places",
+            required=f"examples of at most {made_for:,} tokens", where="data.max_tokens",
+            remedy=f"set data.max_tokens={made_for}, and data.too_long to what becomes of longer rows",
         )
 
 

@@ -189,7 +189,7 @@ def device(setting: str, local: int = 0) -> torch.device:
     try:
         place = torch.device(setting)
         if place.type != "cpu" and place.index is None:
-            place = torch.device(place.type, local % torch.accelerator.device_count())
+            place = torch.device(place.type, local % max(1, torch.accelerator.device_count()))
         torch.empty(0, device=place)
         return place
     except (RuntimeError, AssertionError, ZeroDivisionError) as error:

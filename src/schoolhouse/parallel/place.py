@@ -103,12 +103,14 @@ def degrees(settings: Parallel, world: int) -> Degrees:
     fixed = settings.replicate * settings.ulysses
     shard = world // fixed if settings.shard == -1 else settings.shard
     if shard < 1 or fixed * shard != world:
+        count = fixed if settings.shard == -1 else fixed * settings.shard
+        start = f"a multiple of {count} processes, e.g." if settings.shard == -1 else f"{count} processes:"
         asked = f"replicate {settings.replicate} × shard {settings.shard} × ulysses {settings.ulysses}"
         raise MeshError(
             f"{world} process(es) cannot be laid out as {asked}",
             required="axes whose product is the number of processes (shard -1 takes the rest)",
             where="parallel.replicate, parallel.shard, parallel.ulysses",
-            remedy=f"start a multiple of {fixed} processes, e.g. --nproc {fixed}, or change the axes",
+            remedy=f"start {start} --nproc {count}, or change the axes",
         )
     if settings.offload and world == 1:
         raise MeshError(
