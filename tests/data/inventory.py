@@ -229,6 +229,8 @@ REASONS = {
     "the generation prompt closes the thinking block": "closes thinking",
     "the template drops the reasoning": "drops reasoning",
     "the template drops text": "drops text",
+    "the chat template writes nothing of the row's tools": "shows no tools",
+    "the chat template writes nothing of message": "shows not every role",
     "the template drops a tool call": "drops tool calls",
     "the template drops an argument": "drops tool calls",
     "the template writes this answer differently": "contradicts its prompt",

@@ -40,6 +40,11 @@ def calls_tools(row: Row) -> bool:
     return any(message.get("tool_calls") or message.get("from") == "function_call" for message in messages)
 
 
+def offers_tools(row: Row) -> bool:
+    tools = row.get("tools") or []
+    return bool(json.loads(tools) if isinstance(tools, str) else tools)
+
+
 def prepared(shared: Path, model: str, rows: list[Row], place: Path) -> Store:
     """The rows from a file through the whole preparation, in a cache of their own."""
     (place / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
@@ -74,11 +79,11 @@ def taught(store: Store, stop: int) -> dict[int, list[tuple[list[int], list[int]
 
 
 def some(shared: Path, model: str, every: int = 1) -> Iterator[tuple[str, list[Row], list[Row]]]:
-    """Of each source: the rows that the model's template can write, and those it cannot, because they call tools."""
+    """Of each source: the rows that the model's template can write, and those it cannot, because they have tools."""
     for source in SOURCES:
         rows = rows_of(shared, source)[::every]
         without_tools = model.startswith("deepseek")
-        refused = [row for row in rows if calls_tools(row)] if without_tools else []
+        refused = [row for row in rows if calls_tools(row) or offers_tools(row)] if without_tools else []
         yield source, [row for row in rows if row not in refused], refused
 
 
@@ -100,8 +105,14 @@ def test_a_second_implementation_agrees_on_all(shared: Path, tmp_path: Path, mod
 
 
 def test_a_template_without_tools_refuses_rows_with_tool_calls(shared: Path, tmp_path: Path) -> None:
-    """DeepSeek-Coder's template writes no calls: every such row is refused, with the reason and the number of them."""
-    refused = [row for _, _, rows in some(shared, MODELS[2], 40) for row in rows]
+    """DeepSeek-Coder's template writes no calls: every such row is refused, with the reason and the number of them,
+    and so is one whose tools are only on offer."""
+    every = [row for _, _, rows in some(shared, MODELS[2], 40) for row in rows]
+    refused = [row for row in every if calls_tools(row)]
+    on_offer = [row for row in every if not calls_tools(row)]
+    with pytest.raises(TemplateError, match="writes nothing of the row's tools"):
+        prepared(shared, MODELS[2], on_offer, tmp_path)
+    (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(TemplateError, match=f"drops a tool call.*{len(refused)} of {len(refused)} rows are bad"):
         prepared(shared, MODELS[2], refused, tmp_path)
     assert len(refused) > 20

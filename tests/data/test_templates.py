@@ -150,7 +150,7 @@ def test_every_refusal_shows_both_texts_and_a_setting(cases, loaded) -> None:
         lines = str(error).splitlines()
         assert len(lines) <= 6 and f"{kind}.jsonl:1" in lines[1], error
         assert any(f"model.{key}" in error.remedy for key in ("chat_template", "template_arguments", "stop")), error
-        if "refuses this conversation" not in error.found:
+        if not re.search("refuses this conversation|writes nothing of", error.found):
             assert lines[3].startswith("    asked:  ") and lines[4].startswith("    taught: "), error
         cured += check_cure(error, case, kind, tokenizer)
     assert cured > 20

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schoolhouse.data import turns
+from schoolhouse.config import Rows
+from schoolhouse.data import formats, turns
 from schoolhouse.data.template import compile_template
 from schoolhouse.data.tokens import Stops
 from schoolhouse.errors import TemplateError
@@ -215,3 +217,41 @@ def test_a_template_that_raises() -> None:
 def test_the_message_is_named() -> None:
     error = refused(small.PLAIN, talk(*asked("fine").messages, message("user", "Q"), message("assistant", "a</s>b")))
     assert re.fullmatch(r"rows\.jsonl:7 message 4", error.where)
+
+
+DROPS = (
+    "{% for m in messages if m.role in ('system', 'user', 'assistant') %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""A template as many are: a role that it does not know, and tools, are left out without a word."""
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ({"messages": [{"role": "developer", "content": "In French."}, {"role": "user", "content": "Hi"},
+                   {"role": "assistant", "content": "Salut"}]}, "message 1, of the role developer"),
+    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
+                   {"role": "tool", "content": "3 degrees"}, {"role": "assistant", "content": "Cold."}]},
+     "message 3, of the role tool"),
+    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}],
+      "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}]}, "the row's tools"),
+    ({"messages": [{"role": "system", "content": " "}, {"role": "user", "content": " Hi\n"},
+                   {"role": "assistant", "content": "Yes?"}]}, None),
+])
+def test_context_that_a_template_leaves_out_is_refused(row: dict[str, Any], says: str | None) -> None:
+    """It would be taught, and served, as if it had never been said; blanks around a text may go."""
+    compiled = compile_template(DROPS, {})
+    talk = formats.to_conversation(row, Rows(), Origin("rows.jsonl", 1))
+    stops = Stops((7,), ("<|end|>",))
+    if says is None:
+        assert len(turns.to_turns(talk, compiled, stops, "every")) == 1
+        return
+    with pytest.raises(TemplateError, match=says):
+        turns.to_turns(talk, compiled, stops, "every")
+
+
+def test_a_context_that_is_written_otherwise_is_shown() -> None:
+    """Upper case, JSON, lists: what is looked for is whether it matters, not how it is written."""
+    compiled = compile_template(DROPS.replace("m.content | trim", "m.content | tojson | trim"), {})
+    row = {"messages": [{"role": "user", "content": 'Say "Hi"\n'}, {"role": "assistant", "content": "Hi"}]}
+    talk = formats.to_conversation(row, Rows(), Origin("rows.jsonl", 1))
+    assert "Say" in turns.to_turns(talk, compiled, Stops((7,), ("<|end|>",)), "every")[0].prompt

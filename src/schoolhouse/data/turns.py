@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from schoolhouse.data import kept, refusals
@@ -16,10 +17,12 @@ from schoolhouse.data.refusals import Fault
 from schoolhouse.data.template import Script, Template
 from schoolhouse.data.tokens import Stops
 from schoolhouse.errors import TemplateError
-from schoolhouse.types import Conversation, Message, Turn
+from schoolhouse.types import Conversation, Message, Part, Turn
 
 Supervise = Literal["every", "last", "marked"]
 
+PROBE = "a word that stands in no row"
+"""What a message is made to say, to see whether a template shows it."""
 _PAIRS = [(re.escape(begin), re.escape(end)) for begin, end in kept.THINKING]
 _MARKS = tuple(mark for pair in kept.THINKING for mark in pair)
 _EMPTY_BLOCK = re.compile("(" + "|".join(rf"{begin}\s*{end}" for begin, end in _PAIRS) + r")\s*\Z")
@@ -34,7 +37,51 @@ def to_turns(
     """The supervised turns of a conversation in order; raises TemplateError where served and taught would differ."""
     script, learnt = template.script(conversation), taught(conversation.messages, supervise)
     script = script.at_once() if len(learnt) > 1 or script.program.end is not None else script
-    return tuple(_turn(script, index, weight, stops) for index, weight in learnt)
+    written = tuple(_turn(script, index, weight, stops) for index, weight in learnt)
+    if learnt:
+        _refuse_unshown(script, {index: turn.prompt for (index, _), turn in zip(learnt, written, strict=True)})
+    return written
+
+
+def _refuse_unshown(script: Script, prompts: dict[int, str]) -> None:
+    """Raise TemplateError for tools, or a message before the last of the taught answers with these `prompts`, of which
+    the template writes nothing even for the answer that follows at once: context that the row has and nobody sees."""
+    messages, origin, last = script.conversation.messages, str(script.conversation.origin), max(prompts)
+    answers = [index for index, message in enumerate(messages[: last + 1]) if message.role == "assistant"]
+    names = [tool["function"]["name"] for tool in script.conversation.tools]
+    if names and not any(name in prompts[last] for name in names):
+        raise TemplateError(
+            f"the chat template writes nothing of the row's tools ({names[0]:.40}, …)", where=origin,
+            required="a template that shows them", remedy="set model.chat_template to one that does, or leave the "
+            "column out with data.messages",
+        )
+    for place, message in enumerate(messages[:last]):
+        following = next(index for index in answers if index > place)
+        if message.role == "assistant":
+            continue
+        if following not in prompts:
+            prompts[following] = script.prompt(following)
+        if not _is_shown(script, place, following, prompts[following]):
+            raise TemplateError(
+                f"the chat template writes nothing of message {place + 1}, of the role {message.role}", where=origin,
+                required="roles that the template shows",
+                remedy="give it another role, such as system or user, with data.messages or data.function, or set "
+                "model.chat_template to one that shows it",
+            )
+
+
+def _is_shown(script: Script, place: int, answer: int, prompt: str) -> bool:
+    """Whether what a message says stands in the prompt of an answer; where it does not as it is, whether another word
+    would."""
+    message = script.conversation.messages[place]
+    texts = [part.value.strip() for part in message.parts if part.kind == "text"]
+    if all(text in prompt for text in texts):
+        return True
+    probe = replace(message, parts=tuple(Part("text", PROBE) if one.kind == "text" else one for one in message.parts))
+    try:
+        return PROBE in script.having(place, probe).prompt(answer)
+    except TemplateError:  # it looks into what is said
+        return True
 
 
 def taught(messages: Sequence[Message], supervise: Supervise) -> list[tuple[int, float]]:
