@@ -94,7 +94,8 @@ MISTAKES = {
     "device": ("run {page} directory={tmp}/run device=warp", 2),
     "cuda:77": ("run {page} directory={tmp}/run device=cuda:77", 2),
     "empty.jsonl": ("check {page} data.train={empty}", 3), "there is no directory": ("check {page} model=./nope", 2),
-    "has no value": ("check {page} optim.clip=", 2),
+    "has no value": ("check {page} optim.clip=", 2), "--rows 900000:900001": (
+        "show {page} --rows 900000:900001", 2),
 }
 """What is said, by what was typed and the exit code of the contract."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,9 @@ from PIL import Image
 from pyarrow import parquet
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from schoolhouse import cli
+from schoolhouse import cli, export, places
+from schoolhouse.config import Model
+from schoolhouse.data import prepare, served
 from schoolhouse.starter import lessons
 
 QUESTIONS, STEPS = 5, 16
@@ -178,3 +181,28 @@ def test_chat_shows_an_image(
     assert "none.png" in said
     wanted = next(one["answer"] for one in records(run, "samples.jsonl") if one["step"] == STEPS)
     assert wanted and wanted in said.replace("\n", "")
+
+
+def test_a_processor_kept_as_transformers_5_keeps_it(tmp_path: Path) -> None:
+    """Inside `processor_config.json`, which is read before `preprocessor_config.json`: an edit of it makes other rows,
+    and what is exported has the recipe's own limit of tokens there, too."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(places.model_directory("starter/qwen3-vl"), base)
+    own = json.loads((base / "preprocessor_config.json").read_text())
+    (base / "preprocessor_config.json").unlink()
+    serving = served.serving(Model(path=str(base), image_tokens=4), base)
+    found = [prepare.serving_fingerprint(serving)]
+    for size in (own["size"], {**own["size"], "longest_edge": own["size"]["longest_edge"] // 2}):
+        told = {"image_processor": {**own, "size": size}, "processor_class": "Qwen3VLProcessor"}
+        (base / "processor_config.json").write_text(json.dumps(told))
+        found.append(prepare.serving_fingerprint(serving))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    assert len({*found, prepare.serving_fingerprint(serving)}) == 4
+    shutil.rmtree(base / "additional_chat_templates")
+    model = served.load(serving)
+    out.mkdir()
+    export._write_beside(base, model, out)
+    for place, limited in ((base, False), (out, True)):
+        read = AutoImageProcessor.from_pretrained(place, backend="pil")
+        assert (dict(read.size) == dict(model.sight.processor.size)) == limited

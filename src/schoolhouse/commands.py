@@ -154,6 +154,11 @@ def show(options: Namespace) -> None:
     first, end = _row_range(options.rows)
     model = served.load(_serving(recipe))
     examples = list(overview.shown_rows(recipe, model, served.rules(recipe), first, end))
+    if not examples:
+        raise ConfigError(
+            f"no row is taught in --rows {options.rows}", required="a range that holds one, counted from 0",
+            where="command line", remedy="choose an earlier one; `schoolhouse check` counts the rows",
+        )
     if options.json:
         for example in examples:
             print(json.dumps(example, ensure_ascii=False))

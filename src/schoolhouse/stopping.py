@@ -52,7 +52,7 @@ class StopRequest:
             again.daemon = True
             again.start()
             return
-        raise Stopped("stopped; the same command continues from the last checkpoint")
+        raise Stopped("stopped; the same command continues from the last checkpoint, or begins where there is none")
 
 
 def _importing(frame: FrameType | None) -> bool:
