@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from schoolhouse import checkpoint, places, talk, trained
 from schoolhouse import recipe as recipes
-from schoolhouse.model import spread
+from schoolhouse.config import Lora
+from schoolhouse.model import lora, spread
 from schoolhouse.parallel.mesh import ALONE
 from schoolhouse.types import Message, Part
 
@@ -171,3 +172,23 @@ def test_what_serves_training_alone_is_no_matter_to_who_answers(run: Path, tmp_p
     (copy / "run.json").write_text(json.dumps(info))
     one, other = (dict(trained.open_student(str(place))[0].model.named_parameters()) for place in (run, copy))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("more", [(), ("lora.dora=true",), ("model.precision=float32",)], ids=["", "dora", "wide"])
+def test_a_base_in_bfloat16(more: tuple[str, ...], page: Path, tmp_path: Path) -> None:
+    """As most models of the hub are stored: checked against PEFT, trained, exported, and opened by PEFT to the bit. The
+    adapters a seed draws are those beside a float32 base."""
+    base = tmp_path / "base"
+    shutil.copytree(places.model_directory("starter/qwen3"), base)
+    AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
+    settings = (f"model.path={base}", "model.precision=bfloat16", "train.steps=3", *more)
+    here("selfcheck", page, *settings)
+    here("run", page, f"directory={tmp_path / 'run'}", *settings)
+    assert "identical logits on 4 prompts" in said("export", tmp_path / "run", "--out", tmp_path / "out")
+    drawn = []
+    for number in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        one = AutoModelForCausalLM.from_pretrained(base, dtype=number)
+        lora.inject(one, Lora(rank=4))
+        drawn.append([value for name, value in one.named_parameters() if "lora_A" in name])
+    assert all(torch.equal(*pair) for pair in zip(*drawn, strict=True))

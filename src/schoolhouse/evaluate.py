@@ -95,20 +95,21 @@ def validation(
     }
 
 
-def questions(recipe: Recipe, served: Served) -> list[Question]:
-    """The recipe's exam; raises, before anything is trained, DataError for a row that cannot be asked and ConfigError
-    for a grader that is not there."""
+def questions(recipe: Recipe, served: Served, *, graded: bool = True) -> list[Question]:
+    """The recipe's exam; raises, before anything is trained, DataError for a row that cannot be asked and, where
+    answers will be `graded`, for one that no answer can meet, and ConfigError for a grader that is not there."""
     source = recipe.exam.data
     if source is None:
         return []
-    graders.grader(recipe.exam.grader)
+    if graded:
+        graders.grader(recipe.exam.grader)
     settings, asked = prepare.row_settings(recipe.data, source), []
     for origin, row in sources.read(source):
         if isinstance(row, DataError):
             raise row
         conversation = formats.to_conversation(row, settings, origin)
         if conversation is not None:
-            asked.append(_question(conversation, served, recipe.exam))
+            asked.append(_question(conversation, served, recipe.exam, graded=graded))
     if not asked:
         raise DataError(
             "the exam has no question", required="at least one row that becomes a conversation", where=source.path,
@@ -117,14 +118,14 @@ def questions(recipe: Recipe, served: Served) -> list[Question]:
     return asked
 
 
-def _question(conversation: Conversation, served: Served, settings: Exam) -> Question:
+def _question(conversation: Conversation, served: Served, settings: Exam, *, graded: bool) -> Question:
     answers = [place for place, message in enumerate(conversation.messages) if message.role == "assistant"]
     if settings.turns == "last":
-        written = graded = tuple(answers[-1:])
+        written = compared = tuple(answers[-1:])
     else:
-        written, graded = _every_turn(conversation, answers)
+        written, compared = _every_turn(conversation, answers)
     shown = [served.seen_prompt(conversation, place) for place in written]  # all, so that a template refuses here
-    for place in graded:
+    for place in compared if graded else ():
         why = graders.unanswerable(settings.grader, conversation.messages[place].text)
         if why:
             raise DataError(
@@ -133,7 +134,7 @@ def _question(conversation: Conversation, served: Served, settings: Exam) -> Que
                 remedy="set exam.grader=exact or contains, or mend the row",
             )
     prompt, images = shown[0]
-    return Question(conversation, written, graded, prompt, tuple(served.tokenize([prompt])[0]), images)
+    return Question(conversation, written, compared, prompt, tuple(served.tokenize([prompt])[0]), images)
 
 
 def _every_turn(conversation: Conversation, answers: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

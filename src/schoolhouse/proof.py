@@ -166,7 +166,7 @@ def _reference(model: PreTrainedModel, trained: Trained) -> PreTrainedModel:
 def _with_adapter(base: Path, place: Path) -> PreTrainedModel:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load.plain(base), place, autocast_adapter_dtype=False)
+    return PeftModel.from_pretrained(load.plain(base), place, autocast_adapter_dtype=True)
 
 
 @torch.no_grad()

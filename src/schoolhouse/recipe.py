@@ -219,7 +219,7 @@ def _place(key: Key, path: Path, places: Mapping[Key, str]) -> str:
     for length in range(len(key), 0, -1):
         if key[:length] in places:
             return places[key[:length]]
-    return next((places[other] for other in places if other[: len(key)] == key), str(path))
+    return next((places[other] for other in places if key and other[: len(key)] == key), str(path))
 
 
 def _dotted(key: Key) -> str:

@@ -196,7 +196,8 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
     plan = _fitted(recipe, plan, rehearsal, previous)
     saver = Saver(saving.Storage(record.directory / "checkpoints", mesh.rank, mesh.world), recipe.checkpoint.keep)
     run = Run(
-        recipe, record, screen, student, model, optimizer, store, validation, evaluate.questions(recipe, model),
+        recipe, record, screen, student, model, optimizer, store, validation,
+        evaluate.questions(recipe, model, graded=not previous),
         plan, steps, saver, flops.rate(student.device, recipe.model.precision) * mesh.world,
     )
     run.info = _info(run, path, today, proof.difference, inert.code(directory))

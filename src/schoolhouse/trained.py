@@ -37,8 +37,11 @@ def open_student(target: str, recipe: Recipe | None = None) -> tuple[Student, Se
     if of_run:
         recipe = _recipe(directory)
     settings = Model(path=target) if recipe is None else recipe.model
-    if not of_run and target != settings.path:
-        settings = settings.model_copy(update={"path": target, "revision": None, "new_tokens": ()})
+    if not of_run and not _same(target, settings.path):
+        stops = tuple(one for one in settings.stop_tokens if one not in settings.new_tokens)
+        settings = settings.model_copy(
+            update={"path": target, "revision": None, "new_tokens": (), "stop_tokens": stops, "freeze": ()}
+        )
     adapters = recipe.lora if of_run else None
     place = load.device("auto" if recipe is None else recipe.device)
     student, model = _open_model(settings.model_copy(update=UNTRAINED), place, adapters)
@@ -112,6 +115,10 @@ def chosen(directory: Path, step: int | None = None) -> Checkpoint:
     )
 
 
+def _same(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
+
+
 def _open_model(settings: Model, place: torch.device, adapters: Lora | None = None) -> tuple[Student, Served]:
     directory = places.directory_of(settings)
     return load.load(directory, settings, place, adapters=adapters), served.load(served.serving(settings, directory))
@@ -130,8 +137,12 @@ def _recipe(directory: Path) -> Recipe:
     return recipe
 
 
+def _asked(recipe: Recipe, model: Served) -> list[evaluate.Question]:
+    return evaluate.questions(recipe, model, graded=False)[:PROVED_PROMPTS]
+
+
 def _prompts(recipe: Recipe, model: Served) -> list[proof.Prompt]:
-    asked = [(question.prompt, question.images) for question in evaluate.questions(recipe, model)[:PROVED_PROMPTS]]
+    asked = [(question.prompt, question.images) for question in _asked(recipe, model)]
     if asked:
         return asked
     rows = overview.encoded_rows(recipe, model, served.rules(recipe), 0, PROVED_PROMPTS)

@@ -134,6 +134,8 @@ def test_a_place_without_an_image_is_no_text_for_a_model_that_sees(mark: str, mo
         with pytest.raises(DataError, match="no image for it"):
             prompt(model, {"question": f"{mark}hue?", "answer": "red", **more})
     assert "hue?" in prompt(model, {"question": "hue?", "answer": f"the tag {mark}"})
+    code = f"{mark}hue?{mark.replace('<', '</')}"
+    assert code in prompt(model, {"question": code, "answer": "red"}), "HTML, not a place"
     blind = served.load(served.serving(Model(path="starter/qwen3"), places.model_directory("starter/qwen3")))
     said = formats.to_conversation({"question": f"{mark}hue?", "answer": "red"}, Rows(), Origin("x", 1))
     assert mark in blind.seen_prompt(said, 1)[0]

@@ -255,3 +255,15 @@ def test_a_context_that_is_written_otherwise_is_shown() -> None:
     row = {"messages": [{"role": "user", "content": 'Say "Hi"\n'}, {"role": "assistant", "content": "Hi"}]}
     talk = formats.to_conversation(row, Rows(), Origin("rows.jsonl", 1))
     assert "Say" in turns.to_turns(talk, compiled, Stops((7,), ("<|end|>",)), "every")[0].prompt
+
+
+def test_a_prompt_that_nobody_asks_for_may_be_refused() -> None:
+    """An earlier answer that is not taught needs no prompt; what stands before it is shown later."""
+    picky = (
+        "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('none') }}{% endif %}"
+    )
+    row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Hello!"},
+                        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}
+    talk = formats.to_conversation(row, Rows(), Origin("rows.jsonl", 1))
+    compiled = compile_template(picky + DROPS, {})
+    assert len(turns.to_turns(talk, compiled, Stops((7,), ("<|end|>",)), "last")) == 1

@@ -74,7 +74,10 @@ def open_picture(value: Any, root: str | None, most_pixels: int, where: str) -> 
 def content(value: Any) -> Any:
     """What an image of a row holds, unread, by values whose `repr` is the same in every process."""
     if isinstance(value, Image.Image):
-        return value.mode, value.size, value.getpalette(), hashlib.sha256(value.tobytes()).hexdigest()
+        try:
+            return value.mode, value.size, value.getpalette(), hashlib.sha256(value.tobytes()).hexdigest()
+        except _DAMAGE:  # the row will be refused where its image is read
+            return value.mode, value.size
     if isinstance(value, Mapping):
         return {name: content(inside) for name, inside in value.items()}
     return bytes(value) if isinstance(value, memoryview) else value
@@ -107,7 +110,10 @@ def thumbnail(encoded: bytes, side: int, where: str) -> bytes:
 def _bytes_of(value: Any, root: str | None, where: str) -> tuple[str, bytes]:
     """The resolved path, or an empty one, and the bytes."""
     if isinstance(value, Image.Image):
-        return "", _png(value)
+        try:
+            return "", _png(value)
+        except _DAMAGE as error:
+            raise _bad(f"the image cannot be read: {error}", where, "a whole image") from None
     if isinstance(value, Mapping):
         inside, path = value.get("bytes"), value.get("path")
         return _bytes_of(inside if inside is not None else path, root, where)

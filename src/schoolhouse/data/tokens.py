@@ -229,8 +229,8 @@ def _setting(directory: Path, *names: str) -> int | None:
     """The first of these settings that is there; models of several parts tell it in one."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings = {**config.get("text_config", {}), **config}
-    return next((settings[name] for name in names if settings.get(name)), None)
+    parts = (config, config.get("text_config") or {})
+    return next((part[name] for name in names for part in parts if part.get(name)), None)
 
 
 def beyond(directory: Path, longest: int) -> dict[str, str]:

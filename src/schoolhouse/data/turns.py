@@ -56,12 +56,10 @@ def _refuse_unshown(script: Script, prompts: dict[int, str]) -> None:
             "column out with data.messages",
         )
     for place, message in enumerate(messages[:last]):
-        following = next(index for index in answers if index > place)
-        if message.role == "assistant":
+        if message.role == "assistant" or _stands_in(message, prompts[last]):
             continue
-        if following not in prompts:
-            prompts[following] = script.prompt(following)
-        if not _is_shown(script, place, following, prompts[following]):
+        following = next(index for index in answers if index > place)
+        if not _is_shown(script, place, following):
             raise TemplateError(
                 f"the chat template writes nothing of message {place + 1}, of the role {message.role}", where=origin,
                 required="roles that the template shows",
@@ -70,17 +68,18 @@ def _refuse_unshown(script: Script, prompts: dict[int, str]) -> None:
             )
 
 
-def _is_shown(script: Script, place: int, answer: int, prompt: str) -> bool:
-    """Whether what a message says stands in the prompt of an answer; where it does not as it is, whether another word
-    would."""
+def _stands_in(message: Message, prompt: str) -> bool:
+    return all(part.value.strip() in prompt for part in message.parts if part.kind == "text")
+
+
+def _is_shown(script: Script, place: int, answer: int) -> bool:
+    """Whether what a message says stands before an answer; where it does not as it is, whether another word would. A
+    prompt that the template refuses, and nobody asked for, shows nothing of this."""
     message = script.conversation.messages[place]
-    texts = [part.value.strip() for part in message.parts if part.kind == "text"]
-    if all(text in prompt for text in texts):
-        return True
     probe = replace(message, parts=tuple(Part("text", PROBE) if one.kind == "text" else one for one in message.parts))
     try:
-        return PROBE in script.having(place, probe).prompt(answer)
-    except TemplateError:  # it looks into what is said
+        return _stands_in(message, script.prompt(answer)) or PROBE in script.having(place, probe).prompt(answer)
+    except TemplateError:
         return True
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 _MARK = re.compile(r"<[^<>\s]+>")
 MARKS = ("<image>", "<video>")
-"""How rows write a place into a text. A model that sees would learn to answer without what is meant."""
+"""How rows write a place into a text. A model that sees would learn to answer without what is meant. With an end
+(`</video>`) it is HTML or XML."""
 THUMBNAIL = 160
 """Pixels of the longer side of an image where it is shown."""
 PROCESSOR = "preprocessor_config.json"
@@ -152,7 +153,8 @@ def _pictures_of(conversation: Conversation, sight: Sight) -> list[list[Picture]
 
 
 def _pictures(message: Message, sight: Sight, where: str) -> list[Picture]:
-    marks = [mark for mark in MARKS for part in message.parts if part.kind == "text" and mark in part.value]
+    texts = [part.value for part in message.parts if part.kind == "text"]
+    marks = [mark for mark in MARKS for text in texts if mark in text and mark.replace("<", "</") not in text]
     if marks and message.role != "assistant":  # a place that has its image is a part of its own by now
         raise DataError(
             f"{marks[0]} stands in a text that is shown, and the row has no image for it", where=where,

@@ -55,7 +55,7 @@ def prove(student: Student, seeing: Sight | None = None) -> Proof:
     training = student.model.training
     student.model.eval()
     try:
-        with torch.no_grad(), understood(student):
+        with torch.no_grad(), _understood(student):
             packed, states = _states(student, _pack(sequences, student.device, seeing, vision))
             others = [_other(student, sequences[0], seeing), *sequences[1:]]
             moved = _moved(states, _states(student, _pack(others, student.device, seeing, vision))[1])
@@ -89,7 +89,7 @@ def prove(student: Student, seeing: Sight | None = None) -> Proof:
 
 
 @contextlib.contextmanager
-def understood(student: Student) -> Iterator[None]:
+def _understood(student: Student) -> Iterator[None]:
     """Inside, a model that is called in a way it does not know is one that cannot be trained packed."""
     try:
         yield

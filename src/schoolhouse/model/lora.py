@@ -73,14 +73,11 @@ def inject(model: PreTrainedModel, settings: Lora) -> None:
 
 @torch.no_grad()
 def _begin_in_float32(layer: LoraLayer) -> None:
-    """PEFT rounds adapters to the number format of the matrix beside them: those of a narrow one are drawn again, and
-    DoRA's lengths of its rows measured again."""
+    """PEFT rounds adapters to the number format of the matrix beside them: they are drawn again, and DoRA's lengths of
+    its rows measured again. Beside a wide matrix too, so that a seed's draws depend on no format."""
     adapters = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B, layer.lora_magnitude_vector)
-    narrow = [one for group in adapters for one in group.parameters() if one.dtype.itemsize < 4]
-    for one in narrow:
-        one.data = one.data.float()
-    if not narrow:
-        return
+    for one in (one for group in adapters for one in group.parameters()):
+        one.data = one.data.to(torch.promote_types(one.dtype, torch.float32))
     layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
     for lengths in layer.lora_magnitude_vector.values():
         first, second = (

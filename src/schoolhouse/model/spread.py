@@ -63,9 +63,8 @@ def proved(
 def _outfit(student: Student, recipe: Recipe, place: torch.device) -> None:
     """What the student is taught with, by its recipe and the device that computes."""
     student.teaching = teaching.teaching(recipe.train, student.model)
-    with isolation.understood(student):
-        student.kernels = _kernels(student, place, recipe)
-        student.multiple = sizes.multiple(student.work, place, recipe.model.precision)
+    student.kernels = _kernels(student, place, recipe)
+    student.multiple = sizes.multiple(student.work, place, recipe.model.precision)
 
 
 def _kernels(student: Student, place: torch.device, recipe: Recipe) -> Kernels:
