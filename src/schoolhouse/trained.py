@@ -137,13 +137,9 @@ def _recipe(directory: Path) -> Recipe:
     return recipe
 
 
-def _asked(recipe: Recipe, model: Served) -> list[evaluate.Question]:
-    return evaluate.questions(recipe, model, graded=False)[:PROVED_PROMPTS]
-
-
 def _prompts(recipe: Recipe, model: Served) -> list[proof.Prompt]:
-    asked = [(question.prompt, question.images) for question in _asked(recipe, model)]
+    asked = evaluate.questions(recipe, model, graded=False)[:PROVED_PROMPTS]
     if asked:
-        return asked
+        return [(question.prompt, question.images) for question in asked]
     rows = overview.encoded_rows(recipe, model, served.rules(recipe), 0, PROVED_PROMPTS)
     return [(row.turns[0].prompt, row.turns[0].images) for row in rows]

@@ -192,7 +192,7 @@ def device(setting: str, local: int = 0) -> torch.device:
             place = torch.device(place.type, local % max(1, torch.accelerator.device_count()))
         torch.empty(0, device=place)
         return place
-    except (RuntimeError, AssertionError, ZeroDivisionError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"the device {setting!r} is not there: {str(error).splitlines()[0]:.120}",
             required="auto, cpu, or an accelerator of this machine", where="device", remedy="set device=auto",
