@@ -68,7 +68,7 @@ def measure(path: Path, settings: list[str]) -> dict[str, Any]:
     pack = fitting.heaviest_packs(plan, store.largest_image)[0]
     seen = next(iter(loader.pixels(store, iter([pack]), seeing, len(pack), CPU)))
     micro = unfolded(loader.micro_batch(store, pack, CPU, seeing, seen))
-    foreseen = estimate.memory(recipe, directory) or {}
+    foreseen = estimate.memory(recipe, load.skeleton(directory, recipe.lora, recipe.model.freeze))
     attention.register()
     ahead = _saved_on_meta(recipe, directory, micro)
 
@@ -87,15 +87,15 @@ def measure(path: Path, settings: list[str]) -> dict[str, Any]:
     optimizer.clip()
     optimizer.step(0.0)
     moments, (updated, last) = optimizer.saved_bytes() - _bytes(optimizer.masters.values()), _look()
-    gib = {name: int(foreseen[name] * 2**30) for name in ("weights", "gradients", "moments") if name in foreseen}
+    gib = {name: int(foreseen[name] * 2**30) for name in ("weights", "gradients", "moments")}
     return {
         "tokens": micro.input_ids.shape[1], "targets": len(micro.targets), "parts": {
             "program, rows and tokenizer": (None, None, program),
-            "weights, masters": (gib.get("weights"), held, loaded - program),
+            "weights, masters": (gib["weights"], held, loaded - program),
             "kept by forward for backward": (ahead, kept, forward - loaded),
             "passing in forward (a chunk's logits)": (4 * _chunk(student, micro), None, most - forward),
-            "gradients": (gib.get("gradients"), gradients, backward - loaded),
-            "moments": (gib.get("moments"), moments, updated - backward),
+            "gradients": (gib["gradients"], gradients, backward - loaded),
+            "moments": (gib["moments"], moments, updated - backward),
             "peak": (None, None, max(most, peak, last)),
         },
     }

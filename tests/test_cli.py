@@ -299,6 +299,27 @@ def test_check_prints_tables_for_people(page: Path, capsys: pytest.CaptureFixtur
     assert all(word in said for word in ("rows read", "200", "kept: one", "supervised tokens", "8 steps"))
 
 
+@pytest.mark.parametrize("words", [
+    ["lora.rank=4", "lora.targets=[nope]"], ["lora.rank=4", "lora.modules_to_save=[heads]"],
+    ["lora.rank=4", "lora.experts=true"], ["lora.rank=4", "model.new_tokens=[<x>]"], ["optim.rates={vision: 0.1}"],
+    ["train.balance=0.1"], ["model.freeze=[vision]"],
+], ids=lambda words: words[-1])
+def test_check_tries_what_names_parts_of_the_model(
+    words: list[str], page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without weights, and before rows are prepared, which may take long."""
+    here("check", page, f"data.cache={tmp_path / 'cache'}", *words, code=2)
+    said = capsys.readouterr().err
+    assert words[-1].split("=")[0] in said and "Traceback" not in said
+    assert not (tmp_path / "cache" / "stores").exists()
+
+
+def test_check_says_what_is_trained(page: Path) -> None:
+    done = program("check", page, "--json", "lora.rank=4", "lora.targets=[q_proj]")
+    told = {row["what"]: row["value"] for row in json.loads(done.stdout)["in_force"]}
+    assert "(q_proj 4 of 4)" in told["way"] and f"; {4 * 4 * (128 + 128):,} of " in told["way"]
+
+
 def test_check_prints_only_json_for_programs(page: Path) -> None:
     """Also while rows are prepared for the first time, with progress to tell of."""
     done = program("check", page, "--json", "data.supervise=last")

@@ -15,15 +15,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedModel
 
-from schoolhouse import estimate, evaluate
+from schoolhouse import estimate, evaluate, optim
 from schoolhouse.config import Recipe
 from schoolhouse.data import account, choose, prepare, served, show, tokens, vision
 from schoolhouse.data import plan as plans
 from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
-from schoolhouse.model import shared_prefixes
+from schoolhouse.model import families, load, lora, shared_prefixes, teaching
 from schoolhouse.screen import Screen
 from schoolhouse.types import Conversation, EncodedRow, Example
 
@@ -31,12 +32,17 @@ LONGEST = 5
 
 
 def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]:
-    """Prepare all sources of a recipe, read its exam, and describe them; what `check --json` prints."""
+    """Prepare all sources of a recipe, read its exam, build its student without weights, and describe them; what
+    `check --json` prints."""
+    skeleton = load.skeleton(serving.directory, recipe.lora, recipe.model.freeze)
+    taught = _taught_parts(recipe, skeleton)
     train, validation = stores(recipe, serving, screen)
     model = served.load(serving)
     shares = _shares(recipe, serving.directory)
     plan = plans.plan(train, recipe, shares=shares)
-    in_force = {**_in_force(recipe, model), **tokens.beyond(serving.directory, int(train.lengths.max()))}
+    longest = int(train.lengths.max())
+    families.refuse_length(skeleton, longest)
+    in_force = {**_in_force(recipe, model), **taught, **tokens.beyond(serving.directory, longest)}
     asked = evaluate.questions(recipe, model)
     if asked:
         in_force["exam"] = f"{len(asked):,} questions, graded by {recipe.exam.grader}"
@@ -48,7 +54,7 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
         "steps_per_epoch": plan.steps_per_epoch,
         "micro_batches": len(plan.step(1).packs),
         "prepared": str(train.directory),
-        "memory": estimate.memory(recipe, serving.directory),
+        "memory": estimate.memory(recipe, skeleton),
         "in_force": [{"what": what, "value": value} for what, value in in_force.items()],
     }
 
@@ -119,6 +125,19 @@ def _in_force(recipe: Recipe, model: Served) -> dict[str, str]:
         "validation": held_out,
         "step": f"{recipe.batch.examples:,} examples, in micro-batches of at most {_most(recipe)} tokens",
     }
+
+
+def _taught_parts(recipe: Recipe, skeleton: PreTrainedModel) -> dict[str, str]:
+    """What of a model is trained, and how, by names and shapes; raises ConfigError where a setting names what it does
+    not have."""
+    if recipe.model.new_tokens:
+        lora.refuse_frozen_words(skeleton)
+    objective = teaching.teaching(recipe.train, skeleton).describe()
+    sizes = {name: one.numel() for name, one in skeleton.named_parameters() if one.requires_grad}
+    optim.factors(sizes, recipe.optim.rates)
+    trained, every = sum(sizes.values()), sum(one.numel() for one in skeleton.parameters())
+    way = lora.describe(skeleton, recipe.lora) if recipe.lora else "full fine-tuning"
+    return {"way": f"{way}; {trained:,} of {every:,} parameters are trained", "objective": objective}
 
 
 def _most(recipe: Recipe) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import importlib.metadata
 import json
 import shutil
 import threading
@@ -70,7 +72,11 @@ def test_what_is_written_is_read(tmp_path: Path, groups: list[list[Example]]) ->
     assert kept.lengths.tolist() == [len(one.input_ids) for one in examples]
     assert kept.supervised.tolist() == [float(one.weights.sum(dtype=np.float64)) for one in examples]
     assert kept.supervised_tokens.tolist() == [one.supervised for one in examples]
-    assert (kept.fingerprint, kept.ledger, kept.source_names) == ("print", LEDGER, SOURCES)
+    assert (kept.ledger, kept.source_names) == (LEDGER, SOURCES)
+    assert kept.fingerprint == write(tmp_path, [[one] for one in examples]).fingerprint, "not how they came"
+    if examples:
+        other = dataclasses.replace(examples[-1], weights=examples[-1].weights + 1)
+        assert kept.fingerprint != write(tmp_path, [[*examples[:-1], other]]).fingerprint
 
 
 @QUICK
@@ -235,6 +241,11 @@ def test_a_store_is_made_once_for_the_same_content(
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "_build", lambda *_: pytest.fail("prepared a second time"))
         assert prepared(recipe_of(path, tmp_path), serving).directory == first.directory
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda library: f"{library} of another day")
+        again = prepared(recipe_of(path, tmp_path), serving)
+    assert again.directory != first.directory, "libraries that make tokens changed, and might make others"
+    assert again.fingerprint == first.fingerprint, "they made the same: a run goes on with them"
     write_rows(path, [question(number) for number in range(1, 6)])
     assert prepared(recipe_of(path, tmp_path), serving).fingerprint != first.fingerprint
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -30,6 +31,8 @@ from schoolhouse.types import Conversation, Origin, Picture, Turn
 
 VERSION = 3
 """Raise it when the same row would become other tokens, or a store other files: it is part of every fingerprint."""
+LIBRARIES = ("transformers", "tokenizers", "jinja2")
+"""What makes tokens of rows beside us: a store is found again where their versions are those it was made with."""
 CHUNK = 256
 """Rows that travel to a worker together."""
 SMALL = 2048
@@ -47,7 +50,7 @@ def prepare(
     """The store of these rows: found in the cache, or made there. Raises DataError naming the first bad rows."""
     assert multiprocessing.parent_process() is None, "call this below `if __name__ == '__main__':`, workers import you"
     fingerprint = _fingerprint(data, choice, serving, rules)
-    place = places.cache_directory(data.cache) / "stores" / fingerprint[:32]
+    place = places.cache_directory(data.cache) / "stores" / _name(fingerprint)
     build = functools.partial(_build, data, choice, serving, rules, fingerprint, progress)
     return store.open_store(places.built_once(place, build))
 
@@ -228,6 +231,12 @@ def _fingerprint(data: Data, choice: Choice, serving: Serving, rules: Rules) -> 
         if vision.sees(serving.directory) else [],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _name(fingerprint: str) -> str:
+    """Of the directory in the cache."""
+    versions = [importlib.metadata.version(library) for library in LIBRARIES]
+    return hashlib.sha256(json.dumps([fingerprint, versions]).encode()).hexdigest()[:32]
 
 
 def serving_fingerprint(serving: Serving) -> str:

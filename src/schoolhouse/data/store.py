@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -48,6 +49,7 @@ class Store:
 
     directory: Path
     fingerprint: str
+    """A hash of what was asked for and of every byte that came of it."""
     ledger: Ledger
     source_names: tuple[str, ...]
     arrays: Arrays
@@ -181,14 +183,15 @@ class Writer:
         self._files: dict[str, BinaryIO] = {
             name: _file(directory, name).open("wb") for name in (*ARRAYS, *PICTURES)
         }
+        self._hashes = {name: hashlib.blake2b(digest_size=32) for name in self._files}
         self._known: dict[tuple, int] = {}
         self._end = 0
 
     def append(self, arrays: Arrays, pictures: Sequence[Picture] = ()) -> None:
         """Append examples in the form of `to_arrays`, and their images in order."""
         for name in ARRAYS:
-            self._files[name].write(np.ascontiguousarray(arrays[name]).tobytes())
-        self._files["shown"].write(np.asarray([self._place(one) for one in pictures], dtype=np.int64).tobytes())
+            self._write(name, np.ascontiguousarray(arrays[name]).tobytes())
+        self._write("shown", np.asarray([self._place(one) for one in pictures], dtype=np.int64).tobytes())
 
     def _place(self, picture: Picture) -> int:
         """The picture's number; a new one is written."""
@@ -198,16 +201,23 @@ class Writer:
             reference = os.fsencode(picture.path) or picture.content
             self._end += len(reference)
             shape = [bool(picture.path), *picture.size, *picture.grid, picture.tokens]
-            self._files["picture_shapes"].write(np.asarray(shape, dtype=np.int64).tobytes())
-            self._files["picture_digests"].write(picture.digest)
-            self._files["picture_ends"].write(np.asarray([self._end], dtype=np.int64).tobytes())
-            self._files["picture_bytes"].write(reference)
+            self._write("picture_shapes", np.asarray(shape, dtype=np.int64).tobytes())
+            self._write("picture_digests", picture.digest)
+            self._write("picture_ends", np.asarray([self._end], dtype=np.int64).tobytes())
+            self._write("picture_bytes", reference)
         return self._known[key]
 
-    def close(self, fingerprint: str, ledger: Ledger, source_names: Sequence[str]) -> None:
-        """Write what the arrays mean; without this file the directory is no store."""
+    def _write(self, name: str, content: bytes) -> None:
+        self._files[name].write(content)
+        self._hashes[name].update(content)
+
+    def close(self, asked: str, ledger: Ledger, source_names: Sequence[str]) -> None:
+        """Write what the arrays mean, made of what was `asked` for, a hash; without this file the directory is no
+        store."""
         for file in self._files.values():
             file.close()
+        hashes = " ".join([asked, *(one.hexdigest() for one in self._hashes.values())])
+        fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
         meta = {"fingerprint": fingerprint, "sources": list(source_names), "ledger": dataclasses.asdict(ledger)}
         (self._directory / "store.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 

@@ -19,6 +19,8 @@ from schoolhouse.model import lora
 
 BLOCK, SCALES = 64, 256
 """Weights that share a scale, and scales that share one of their own."""
+BYTES = 1 / 2 + 1 / BLOCK + 4 / (BLOCK * SCALES)
+"""Of a weight: its level, and its part of the scales."""
 
 
 def narrow(model: PreTrainedModel, place: torch.device) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -211,18 +211,11 @@ def load(
     transformers wrote them.
     """
     attention.register()
-    try:
+    with _refused(directory):
         model, found = sight.loader(directory).from_pretrained(
             directory, dtype=number, attn_implementation=sight.attentions(directory, attention.NAME),
             trust_remote_code=inert.allowed(), use_safetensors=True, local_files_only=True, output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, *inert.faults()) as error:
-        inert.refuse_code(error, directory)
-        raise ModelError(
-            f"the model does not load: {' '.join(str(error).split())[:200]}",
-            required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
-            where=str(directory), remedy="check config.json and the weights",
-        ) from None
     _refuse_missing(directory, found["missing_keys"])
     if sight.sees(model):
         sight.prepare(model)
@@ -253,6 +246,20 @@ def load(
     return student
 
 
+@contextlib.contextmanager
+def _refused(directory: Path) -> Iterator[None]:
+    """Inside, what transformers cannot load is a ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, *inert.faults()) as error:
+        inert.refuse_code(error, directory)
+        raise ModelError(
+            f"the model does not load: {' '.join(str(error).split())[:200]}",
+            required="a causal language model of transformers, in safetensors, whose attention can be exchanged",
+            where=str(directory), remedy="check config.json and the weights",
+        ) from None
+
+
 def _refuse_missing(directory: Path, names: Collection[str]) -> None:
     """Raise ModelError for weights that are in no file: transformers would draw them at random, and say so in a log."""
     if names:
@@ -272,9 +279,12 @@ def plain(directory: Path) -> PreTrainedModel:
 def skeleton(directory: Path, adapters: Lora | None, frozen: tuple[str, ...] = ()) -> PreTrainedModel:
     """The model of a directory without its weights: names and shapes only, on the device `meta`."""
     with torch.device("meta"):
-        configuration = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=inert.allowed())
-        model = sight.loader(directory).from_config(configuration, trust_remote_code=inert.allowed())
+        with _refused(directory):
+            configuration = AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=inert.allowed())
+            model = sight.loader(directory).from_config(configuration, trust_remote_code=inert.allowed())
         sight.freeze(model, frozen)
+        families.refuse(model)
         if adapters is not None:
             lora.inject(model, adapters)
     return model

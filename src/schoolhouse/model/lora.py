@@ -61,7 +61,13 @@ def inject(model: PreTrainedModel, settings: Lora) -> None:
     configuration.modules_to_save, configuration.ensure_weight_tying = None, False  # trained in place, below
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers 5.2x renamed
-        inject_adapter_in_model(configuration, model, ADAPTER)
+        try:
+            inject_adapter_in_model(configuration, model, ADAPTER)
+        except ValueError as error:
+            raise ConfigError(
+                f"PEFT does not adapt {type(model).__name__}: {' '.join(str(error).split())[:200]}",
+                required="modules beside which PEFT puts adapters", where="lora.targets", remedy="choose other targets",
+            ) from None
     found = {one.tensor for one in adapted(model)}
     assert found == wanted, f"PEFT adapted other tensors than were asked for: {sorted(found ^ wanted)[:3]}"
     for module in model.modules():
