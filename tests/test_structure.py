@@ -29,7 +29,8 @@ LAYERS = (
     ("loss", "model", "optim", "graders", "memory", "stopping"),
     ("checkpoint", "saving", "evaluate", "record", "room", "estimate", "screen", "overview", "export", "proof",
      "report"),
-    ("run", "fitting", "trained", "rehearsal", "talk", "train", "replay", "jobs", "selfcheck"),
+    ("run", "fitting", "trained", "rehearsal", "talk", "train", "replay", "jobs", "selfcheck",
+     "serve"),
     ("commands", "cli", "__main__"),
 )
 """A part imports from its own layer and those before it."""

@@ -130,6 +130,8 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print every answer as a line of JSON")
     chat = _command(commands, "chat", "talk to a run or a model")
     _target(chat, "run directory or model")
+    chat.add_argument("--json", action="store_true",
+                      help='for programs: a line {"messages": [...]} in, a line {"answer": ...} or {"error": ...} out')
     compare = _command(commands, "compare", "before and after: two runs or models on the same questions")
     compare.add_argument("first", help="run directory or model")
     compare.add_argument("second", help="run directory or model")
@@ -144,6 +146,9 @@ def parser() -> argparse.ArgumentParser:
     _target(_command(commands, "replay", "compute the step of bad_step.json again, and say which pack it was"),
             "run directory")
     _target(_command(commands, "report", "write the run's report.html"), "run directory")
+    serve = _command(commands, "serve", "the page, in this machine's browser: choose, start, watch, stop, chat")
+    serve.add_argument("directory", nargs="?", default=".", help="where recipes and runs/ are (unset: here)")
+    serve.add_argument("--port", type=int, default=8765, metavar="N", help="of 127.0.0.1 (default 8765; 0: any)")
     _job(_with_recipe(commands, "job", "print a job file for many machines; nothing is submitted"))
     _command(commands, "ls", "list the recipes")
     new = _command(commands, "new", "copy a recipe")

@@ -205,7 +205,10 @@ def chat(options: Namespace) -> None:
     from schoolhouse import talk, trained
 
     with trained.opened(options.target) as (student, model):
-        talk.chat(student, model)
+        if options.json:
+            talk.answer_lines(student, model)
+        else:
+            talk.chat(student, model)
 
 
 def export(options: Namespace) -> None:
@@ -306,6 +309,13 @@ def new(options: Namespace) -> None:
     print(target)
 
 
+def serve(options: Namespace) -> None:
+    """The page of a workspace, until ctrl-C."""
+    from schoolhouse.serve import app
+
+    app.serve(Path(options.directory), options.port)
+
+
 def schema(options: Namespace) -> None:
     """The JSON Schema of a recipe."""
     print(json.dumps(Recipe.model_json_schema(), indent=1))
@@ -327,7 +337,7 @@ def env(options: Namespace) -> None:
 COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
     "run": run, "check": check, "show": show, "selfcheck": selfcheck, "eval": evaluate, "chat": chat,
     "compare": compare, "export": export, "verify": verify, "replay": replay, "report": report,
-    "job": job, "ls": ls, "new": new, "schema": schema, "env": env,
+    "serve": serve, "job": job, "ls": ls, "new": new, "schema": schema, "env": env,
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from rich.table import Table
 
 from schoolhouse import evaluate
 from schoolhouse.config import Exam, Rows
+from schoolhouse.data import images
+from schoolhouse.data.messages import to_messages, to_tools
 from schoolhouse.data.served import Served
 from schoolhouse.errors import DataError, SafetyError
 from schoolhouse.model.load import Student
@@ -42,9 +46,34 @@ def chat(student: Student, served: Served) -> None:
         console.print(answer, markup=False, style="green")
 
 
-def reply(student: Student, served: Served, messages: Sequence[Message], settings: Exam | None = None) -> str:
+def answer_lines(student: Student, served: Served) -> None:
+    """For programs: a conversation in a line of JSON, `{"messages": [...]}` as in a row of data, is answered by a line
+    `{"answer": ...}`, or `{"error": ...}`, until the end of input."""
+    for number, line in enumerate(sys.stdin, 1):
+        try:
+            asked = _conversation(json.loads(line), Origin("standard input", number))
+            found = {"answer": reply(student, served, asked.messages, tools=asked.tools)}
+        except (DataError, SafetyError, ValueError) as error:
+            found = {"error": str(error)}
+        print(json.dumps(found, ensure_ascii=False), flush=True)
+
+
+def _conversation(row: object, origin: Origin) -> Conversation:
+    """What is asked, before its answer; images are read from below the working directory alone."""
+    if not isinstance(row, dict):
+        raise ValueError(f'{origin} is no object {{"messages": [...]}}')
+    said = to_messages(row.get("messages"), f"{origin} messages")
+    shown = images.placed(said, images.listed(row.get("images")), Rows(image_root="."), origin)
+    return Conversation(shown, origin, to_tools(row.get("tools"), f"{origin} tools"))
+
+
+def reply(
+    student: Student, served: Served, messages: Sequence[Message], settings: Exam | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The student's answer to a conversation."""
-    prompt, images = served.seen_prompt(Conversation(tuple(messages), Origin("chat", 1)), len(messages))
+    asked = Conversation(tuple(messages), Origin("chat", 1), tuple(tools))
+    prompt, images = served.seen_prompt(asked, len(messages))
     ids = served.tokenize([prompt])
     return evaluate.generate(student, served, ids, settings or Exam(), seed=0, seen=[images])[0].text
 

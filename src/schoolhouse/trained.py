@@ -33,23 +33,27 @@ def open_student(target: str, recipe: Recipe | None = None) -> tuple[Student, Se
     """A run directory's best checkpoint, in the precision of its run, or a model by hub id, directory or starter
     name, with the settings of a model in `recipe` where one is given: its template, its stop tokens, its precision."""
     directory = Path(target)
-    of_run = (directory / "run.json").is_file()
-    if of_run:
+    if (directory / "run.json").is_file():
         recipe = _recipe(directory)
-    settings = Model(path=target) if recipe is None else recipe.model
-    if not of_run and not _same(target, settings.path):
-        stops = tuple(one for one in settings.stop_tokens if one not in settings.new_tokens)
-        settings = settings.model_copy(
-            update={"path": target, "revision": None, "new_tokens": (), "stop_tokens": stops, "freeze": ()}
-        )
-    adapters = recipe.lora if of_run else None
-    place = load.device("auto" if recipe is None else recipe.device)
-    student, model = _open_model(settings.model_copy(update=UNTRAINED), place, adapters)
-    if of_run:
+        settings = recipe.model
+        student, model = _open_model(settings, recipe.device, recipe.lora)
         exporting.put_weights(student.model, chosen(directory).tensors(checkpoint.WEIGHTS))
+    else:
+        settings = Model(path=target) if recipe is None else _of_another(target, recipe.model)
+        student, model = _open_model(settings, "auto" if recipe is None else recipe.device)
     if settings.precision == "bfloat16":
         optim.narrow(student.model)
     return student, model
+
+
+def _of_another(target: str, settings: Model) -> Model:
+    """The settings of a recipe's model for another one, without what is of the recipe's alone; its own as they are."""
+    if target == settings.path or (Path(target).exists() and Path(target).resolve() == Path(settings.path).resolve()):
+        return settings
+    stops = tuple(one for one in settings.stop_tokens if one not in settings.new_tokens)
+    return settings.model_copy(
+        update={"path": target, "revision": None, "new_tokens": (), "stop_tokens": stops, "freeze": ()}
+    )
 
 
 @contextlib.contextmanager
@@ -115,13 +119,10 @@ def chosen(directory: Path, step: int | None = None) -> Checkpoint:
     )
 
 
-def _same(one: str, other: str) -> bool:
-    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
-
-
-def _open_model(settings: Model, place: torch.device, adapters: Lora | None = None) -> tuple[Student, Served]:
-    directory = places.directory_of(settings)
-    return load.load(directory, settings, place, adapters=adapters), served.load(served.serving(settings, directory))
+def _open_model(settings: Model, device: str, adapters: Lora | None = None) -> tuple[Student, Served]:
+    directory, place = places.directory_of(settings), load.device(device)
+    student = load.load(directory, settings.model_copy(update=UNTRAINED), place, adapters=adapters)
+    return student, served.load(served.serving(settings, directory))
 
 
 def _recipe(directory: Path) -> Recipe:

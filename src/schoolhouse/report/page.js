@@ -29,14 +29,18 @@ function point(figure, column) {
   figure.append(tip);
 }
 
-for (const column of document.querySelectorAll(".read[data-x]")) {
-  const figure = column.closest("figure");
-  const title = column.querySelector("title");
-  column.note = title.textContent;
-  title.remove();
-  column.addEventListener("pointerenter", () => point(figure, column));
-  column.closest("svg").addEventListener("pointerleave", () => clear(figure));
+function readable(root) {
+  for (const column of root.querySelectorAll(".read[data-x]")) {
+    const figure = column.closest("figure");
+    const title = column.querySelector("title");
+    column.note = title.textContent;
+    title.remove();
+    column.addEventListener("pointerenter", () => point(figure, column));
+    column.closest("svg").addEventListener("pointerleave", () => clear(figure));
+  }
 }
+
+readable(document);
 
 addEventListener("beforeprint", () => {
   for (const fold of document.querySelectorAll("details:not([open])")) {

@@ -27,9 +27,15 @@ def write(run_directory: str | Path) -> Path:
 
 def to_html(run: Run) -> str:
     """The whole page as text."""
+    name = result.name(run)
+    return show.page(body(run), f"{name} · schoolhouse", style=_beside("page.css"), script=_beside("page.js"))
+
+
+def body(run: Run) -> Html:
+    """Everything the page says."""
     shown = [(key, title, part) for key, title, part in _sections(run) if part is not None]
     contents = tag("nav", *(tag("a", title, href=f"#{key}") for key, title, _ in shown), aria_label="Contents")
-    body = join([
+    return join([
         result.header(run),
         result.exam(run),
         result.figures(run),
@@ -37,7 +43,6 @@ def to_html(run: Run) -> str:
         *(_section(key, title, part) for key, title, part in shown),
         given.footer(run, schoolhouse.__version__),
     ])
-    return show.page(body, f"{result.name(run)} · schoolhouse", style=_beside("page.css"), script=_beside("page.js"))
 
 
 def _sections(run: Run) -> list[tuple[str, str, Html | None]]:

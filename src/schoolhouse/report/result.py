@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import Any
 
 from schoolhouse.data.show import Html, tag
@@ -220,12 +221,12 @@ def curves(run: Run) -> Html | None:
     rate = _points(run.steps, lambda one: one.learning_rate)
     peak = max((value for _, value in rate), default=1)
     drawn = [
-        _figure("Loss", [*_smoothed(run, lambda one: one.loss), *validation], frame),
-        _figure("Exam", [Series("exam", exams)], frame, percent, (0, 1)),
-        _figure("Token accuracy", [*_smoothed(run, lambda one: one.accuracy), *accuracy], frame, percent),
-        _figure("Learning rate", [Series("learning rate", rate)], frame, plots.exponent, (0, peak)),
-        _figure("Gradient norm", _smoothed(run, lambda one: one.grad_norm), frame),
-        _figure("Tokens a second", _smoothed(run, lambda one: one.tokens_per_second), frame),
+        figure("Loss", [*_smoothed(run, lambda one: one.loss), *validation], frame),
+        figure("Exam", [Series("exam", exams)], frame, percent, (0, 1)),
+        figure("Token accuracy", [*_smoothed(run, lambda one: one.accuracy), *accuracy], frame, percent),
+        figure("Learning rate", [Series("learning rate", rate)], frame, plots.exponent, (0, peak)),
+        figure("Gradient norm", _smoothed(run, lambda one: one.grad_norm), frame),
+        figure("Tokens a second", _smoothed(run, lambda one: one.tokens_per_second), frame),
     ]
     note = "Each optimizer step is one point; the smoothed curve is an exponential mean over about 2 % of the steps."
     resumed = f" Dotted lines: resumed from {_listed(frame.marks)}." if frame.marks else ""
@@ -255,6 +256,11 @@ def _points(records: Iterable[Any], value: Callable[[Any], float]) -> tuple[Poin
     return plots.finite((one.step, value(one)) for one in records)
 
 
+def course(run: Run, value: Callable[[Any], float]) -> tuple[Point, ...]:
+    """How a figure of the steps went, smoothed where there are enough of them."""
+    return _smoothed(run, value)[0].points
+
+
 def _smoothed(run: Run, value: Callable[[Any], float]) -> list[Series]:
     """A figure of every step, and its smoothed course where there are enough steps."""
     points = _points(run.steps, value)
@@ -264,7 +270,7 @@ def _smoothed(run: Run, value: Callable[[Any], float]) -> list[Series]:
     return [Series("smoothed", course), Series("each step", points, "raw")]
 
 
-def _figure(title: str, series: Sequence[Series], frame: Frame, form: plots.Format = plots.compact,
+def figure(title: str, series: Sequence[Series], frame: Frame, form: plots.Format = plots.compact,
             bounds: tuple[float, float] | None = None) -> Html | None:  # fmt: skip
     """One figure with its key; None where nothing was recorded."""
     drawn = [one for one in series if one.points]
@@ -285,15 +291,46 @@ def answers(run: Run) -> Html | None:
     if not run.answers:
         return None
     first, last = run.answers[0].step, run.answers[-1].step
-    before, after = ({one.index: one for one in run.answers if one.step == step} for step in (first, last))
     heads = ["before training" if first == 0 else f"at step {first:,}", f"after step {last:,}"]
     if first == last:
-        kinds, heads = _graded(after), heads[:1]
-    else:
-        kinds = _compared(before, after)
-    counts = ", ".join(f"{len(found):,} {kind}" for kind, found in kinds.items())
+        return _grouped(_graded(_at(run, last)), heads[:1])
+    return _grouped(_compared(_at(run, first), _at(run, last)), heads)
+
+
+def side_by_side(names: Sequence[str], first: Run, second: Run) -> Html:
+    """The last answers of two runs to the questions that both were asked."""
+    found = [_at(run, run.answers[-1].step) if run.answers else {} for run in (first, second)]
+    same = {index for index in found[0].keys() & found[1].keys() if _same(found[0][index], found[1][index])}
+    if not same:
+        return tag("p", "They were not asked the same questions.", class_="note")
+    one, other = ({index: answers[index] for index in same} for answers in found)
+    titles = {"learnt": f"only {names[1]} is right", "forgotten": f"only {names[0]} is right",
+              "still wrong": "both are wrong", "right both times": "both are right"}
+    return _grouped(_compared(one, other), names, titles)
+
+
+def _at(run: Run, step: int) -> dict[int, Answer]:
+    """The answers of one exam by question."""
+    return {one.index: one for one in run.answers if one.step == step}
+
+
+def _same(one: Answer, other: Answer) -> bool:
+    """Whether two answers are to one question; conversations were each played with their own answers."""
+    last = [answer.question[-1:] if isinstance(answer.question, list) else answer.question for answer in (one, other)]
+    return last[0] == last[1] and one.reference == other.reference
+
+
+def _grouped(
+    kinds: Mapping[str, list[tuple[Answer, ...]]], heads: Sequence[str],
+    titles: Mapping[str, str] = MappingProxyType({}),
+) -> Html:
+    """Each kind of questions, and how many there are of it; kinds are called by their `titles` where they have one."""
+    counts = ", ".join(f"{len(found):,} {titles.get(kind, kind)}" for kind, found in kinds.items())
     full = [(kind, found) for kind, found in kinds.items() if found]
-    groups = [_group(kind, found, heads, opened=index == 0) for index, (kind, found) in enumerate(full)]
+    groups = [
+        _group(titles.get(kind, kind), found, found[: SHOWN[kind]], heads, opened=index == 0)
+        for index, (kind, found) in enumerate(full)
+    ]
     note = tag("p", f"The exam's questions, answered and graded {' and '.join(heads)}: {counts}.", class_="note")
     return tag("div", note, *groups)
 
@@ -322,11 +359,14 @@ def _kind(before: Answer, after: Answer) -> str:
     return "learnt" if after.correct else "still wrong"
 
 
-def _group(kind: str, found: Sequence[tuple[Answer, ...]], heads: Sequence[str], opened: bool) -> Html:
-    """One kind of questions under a heading that folds."""
-    shown = [_question(answered, heads) for answered in found[: SHOWN[kind]]]
-    many = f"{len(found):,}" if len(shown) == len(found) else f"{len(shown)} of {len(found):,} shown"
-    summary = tag("summary", kind.capitalize(), tag("span", many, class_="quiet"))
+def _group(
+    title: str, found: Sequence[tuple[Answer, ...]], chosen: Sequence[tuple[Answer, ...]], heads: Sequence[str], *,
+    opened: bool,
+) -> Html:
+    """One kind of questions, of which some are shown, under a heading that folds."""
+    many = f"{len(found):,}" if len(chosen) == len(found) else f"{len(chosen)} of {len(found):,} shown"
+    summary = tag("summary", title[:1].upper() + title[1:], tag("span", many, class_="quiet"))
+    shown = [_question(answered, heads) for answered in chosen]
     return tag("details", summary, *shown, class_="answers", open="" if opened else None)
 
 

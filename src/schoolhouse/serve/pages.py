@@ -1,0 +1,210 @@
+"""The pages as HTML; what a run shows is its report, as new as its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+from pathlib import Path
+from urllib.parse import quote
+
+from schoolhouse.data.show import Child, Html, join, tag
+from schoolhouse.errors import ConfigError
+from schoolhouse.report import page as reports
+from schoolhouse.report import plots, result, words
+from schoolhouse.report.plots import Series
+from schoolhouse.report.read import Run, read
+from schoolhouse.serve import workspace as spaces
+from schoolhouse.serve.chats import Chat
+
+
+def layout(body: Child, title: str) -> str:
+    """A whole page with the same head and the same scripts."""
+    head = join([
+        tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"), tag("link", rel="icon", href="data:,"),
+        tag("title", f"{title} · schoolhouse"), tag("link", rel="stylesheet", href="/style.css"),
+        tag("script", src="/page.js", defer=""),
+    ])
+    whole = tag("html", tag("head", head), tag("body", tag("main", body, class_="sheet")), lang="en")
+    return f"<!doctype html>\n{whole}\n"
+
+
+def url(name: str, *rest: str) -> str:
+    """Where a run's page is."""
+    return "/".join(["/runs", quote(name, safe=""), *rest])
+
+
+def fault(error: object) -> Html:
+    """Something that was refused, as it is said on the command line."""
+    return tag("div", tag("pre", str(error)), class_="fault", role="alert")
+
+
+# ---- the first page --------------------------------------------------------------------------------------------
+
+
+def index(recipes: Sequence[str], runs: Mapping[str, Path], busy: Sequence[str], given: Mapping[str, str],
+          error: ConfigError | None = None) -> str:  # fmt: skip
+    """What can be started, and what there is. `given` is what the form held, where it was refused."""
+    body = join([
+        tag("header", tag("p", tag("span", "schoolhouse"), class_="eyebrow"), tag("h1", "Training building")),
+        None if error is None else fault(error),
+        tag("section", tag("h2", "Start"), _start(recipes, given)),
+        tag("section", tag("h2", "Runs"), _runs(runs, busy), _choose_two(list(runs)) if len(runs) > 1 else None),
+    ])
+    return layout(body, "Training building")
+
+
+def _start(recipes: Sequence[str], given: Mapping[str, str]) -> Html:
+    if not recipes:
+        return tag("p", f"No recipe here: {', '.join(spaces.RECIPES)}.", class_="note")
+    options = [tag("option", one, value=one, selected="" if one == given.get("recipe") else None) for one in recipes]
+    settings = tag("textarea", given.get("settings", ""), name="settings", rows="3", spellcheck="false",
+                   placeholder="optim.learning_rate=1e-4")
+    return tag(
+        "form",
+        _labelled("Recipe", tag("select", *options, name="recipe")),
+        _labelled("Name of the run", _field("name", given.get("name", ""), required="", maxlength="100")),
+        _labelled("Processes", _number(given.get("processes", "1"))),
+        _labelled("Settings put over the recipe's, key=value, a line each", settings),
+        tag("button", "Start", type="submit"), method="post", action="/start", class_="start",
+    )  # fmt: skip
+
+
+def _labelled(text: str, field: Html) -> Html:
+    return tag("label", tag("span", text), field)
+
+
+def _field(name: str, value: str, **more: str) -> Html:
+    return Html(tag("input", name=name, value=value, autocomplete="off", **more).removesuffix("</input>"))
+
+
+def _number(value: str) -> Html:
+    return _field("processes", value, type="number", min="1", max="64")
+
+
+def _runs(runs: Mapping[str, Path], busy: Sequence[str]) -> Html:
+    if not runs:
+        return tag("p", "None yet.", class_="note")
+    head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in ("run", "status", "outcome"))))
+    rows = [_row(name, path, name in busy) for name, path in runs.items()]
+    return tag("div", tag("table", head, tag("tbody", *rows)), class_="scroll")
+
+
+def _row(name: str, path: Path, busy: bool) -> Html:
+    run = _read(path)
+    status, outcome = _status(run, busy), "" if run is None else result.verdict(run)
+    return tag("tr", tag("td", tag("a", name, href=url(name))), tag("td", status), tag("td", outcome))
+
+
+def _read(path: Path) -> Run | None:
+    """None for a run that has not begun to write."""
+    return read(path) if (path / "run.json").is_file() else None
+
+
+def _status(run: Run | None, busy: bool) -> str:
+    """What is recorded, put right where no process is there any more."""
+    if run is None:
+        return "… starting" if busy else "✗ did not start"
+    if busy:
+        return result.STATUS["running"]
+    return "✗ killed" if run.status == "running" else result.STATUS.get(run.status, run.status)
+
+
+def _choose_two(names: Sequence[str]) -> Html:
+    lists = [
+        tag("select", *(tag("option", name, value=name, selected="" if name == chosen else None) for name in names),
+            name=field, aria_label=f"{field} run")
+        for field, chosen in (("first", names[1]), ("second", names[0]))
+    ]
+    return tag("form", *lists, tag("button", "Compare", type="submit"), action="/compare", class_="row")
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------
+
+
+def run(name: str, path: Path, busy: bool, error: ConfigError | None = None) -> str:
+    """A run's page: its buttons, what it has printed, and its report; all in `live`, which a script renews."""
+    found, printed = _read(path), spaces.console(path)
+    live = join([
+        _buttons(name, path, found, busy),
+        None if error is None else fault(error),
+        tag("p", f"{name}: {_status(found, busy)}", class_="verdict", role="status"),
+        tag("details", tag("summary", "Printed"), tag("pre", printed, class_="console"), class_="answers",
+            open="" if found is None else None) if printed else None,
+        None if found is None else reports.body(found),
+    ])
+    changes = url(name, f"changes?since={spaces.version(path)}")
+    return layout(tag("div", live, id="live", data_changes=changes), name)
+
+
+def _buttons(name: str, path: Path, found: Run | None, busy: bool) -> Html:
+    parts: list[Html] = [tag("a", "← all runs", href="/")]
+    if busy:
+        parts.append(_button("Stop", url(name, "stop")))
+    elif (path / "resolved.yaml").is_file() and found is not None and found.status != "done":
+        parts.append(_button("Resume", url(name, "resume"), _labelled("processes", _number("1"))))
+    if any((path / "checkpoints").glob("step-*")):
+        parts.append(tag("a", "Chat", href=url(name, "chat")))
+    return tag("nav", *parts, class_="buttons", aria_label="This run")
+
+
+def _button(text: str, action: str, *fields: Html) -> Html:
+    return tag("form", *fields, tag("button", text, type="submit"), method="post", action=action, class_="row")
+
+
+# ---- two runs --------------------------------------------------------------------------------------------------
+
+
+def compare(names: tuple[str, str], paths: tuple[Path, Path]) -> str:
+    """The curves of two runs in one figure each, and their last answers side by side."""
+    first, second = (_read(path) for path in paths)
+    if first is None or second is None:
+        return layout(fault("one of these runs has not begun"), "Comparison")
+    heads = [tag("div", tag("h3", tag("a", name, href=url(name))), tag("p", result.verdict(one), class_="note"),
+                 result.figures(one)) for name, one in zip(names, (first, second), strict=True)]  # fmt: skip
+    body = join([
+        tag("nav", tag("a", "← all runs", href="/"), class_="buttons"),
+        tag("header", tag("h1", f"{names[0]} and {names[1]}")), tag("div", *heads, class_="columns"),
+        tag("section", tag("h2", "Curves"), _both(names, first, second)),
+        tag("section", tag("h2", "Answers"), result.side_by_side(names, first, second)),
+    ])
+    return layout(body, f"{names[0]} and {names[1]}")
+
+
+def _both(names: tuple[str, str], first: Run, second: Run) -> Html:
+    steps = [one.step for run in (first, second) for one in (*run.steps, *run.exams)]
+    if not steps:
+        return tag("p", "Nothing has been trained yet.", class_="note")
+    frame = plots.Frame(min(steps), max(steps), ())
+
+    def series(points: Callable[[Run], Sequence[plots.Point]]) -> list[Series]:
+        return [Series(names[0], tuple(points(first))), Series(names[1], tuple(points(second)), "second")]
+
+    loss = series(lambda run: result.course(run, attrgetter("loss")))
+    exam = series(lambda run: [(one.step, one.score) for one in run.exams])
+    speed = series(lambda run: result.course(run, attrgetter("tokens_per_second")))
+    drawn = [
+        result.figure("Loss", loss, frame), result.figure("Exam", exam, frame, plots.percent, (0, 1)),
+        result.figure("Tokens a second", speed, frame),
+    ]
+    return tag("div", *drawn, class_="plots")
+
+
+# ---- talking ---------------------------------------------------------------------------------------------------
+
+
+def chat(name: str, talk: Chat) -> str:
+    """The conversation so far, and a place to go on."""
+    said = [tag("div", tag("p", one["role"], class_="role"), tag("pre", one["content"]), class_=f"said {one['role']}")
+            for one in talk.said]
+    form = tag(
+        "form", tag("textarea", name="text", rows="3", required="", aria_label="Your message"),
+        tag("button", "Send", type="submit"), method="post", action=url(name, "chat"), class_="start",
+    )  # fmt: skip
+    body = join([
+        tag("nav", tag("a", f"← {name}", href=url(name)), _button("Begin anew", url(name, "forget")), class_="buttons"),
+        tag("header", tag("h1", f"Talking to {name}")), *said, fault(talk.fault) if talk.fault else None, form,
+        tag("p", f"The best checkpoint answers. The first answer takes as long as the model takes to load; "
+                 f"{words.plural(len(said), 'message')} so far.", class_="note"),
+    ])
+    return layout(body, f"Talking to {name}")
