@@ -275,18 +275,9 @@ def ls(options: Namespace) -> None:
     for path in found:
         one = recipes.read(path)
         lessons = ", ".join(source.path for source in one.data.train)
-        print(f"{path!s:48} {one.model.path:36} {_way(one):16} {lessons}")
+        print(f"{path!s:48} {one.model.path:36} {recipes.way(one):16} {lessons}")
         if needed := _memory(path.read_text(encoding="utf-8")):
             print(f"    {needed}")
-
-
-def _way(recipe: Recipe) -> str:
-    """What is trained, over how many processes a conversation is split, and with whose kernels: `LoRA r32 SP2`."""
-    way = f"all but {'+'.join(recipe.model.freeze)}" if recipe.model.freeze else "full"
-    if recipe.lora is not None:
-        way = f"LoRA r{recipe.lora.rank}"
-    split = f" SP{recipe.parallel.ulysses}" if recipe.parallel.ulysses > 1 else ""
-    return f"{way}{split}{' Liger' if recipe.model.liger else ''}"
 
 
 def _memory(page: str) -> str:

@@ -66,6 +66,15 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def way(recipe: Recipe) -> str:
+    """What is trained, over how many processes a conversation is split, and with whose kernels: `LoRA r32 SP2`."""
+    trained = f"all but {'+'.join(recipe.model.freeze)}" if recipe.model.freeze else "full"
+    if recipe.lora is not None:
+        trained = f"LoRA r{recipe.lora.rank}"
+    split = f" SP{recipe.parallel.ulysses}" if recipe.parallel.ulysses > 1 else ""
+    return f"{trained}{split}{' Liger' if recipe.model.liger else ''}"
+
+
 def directory(recipe: Recipe, path: str | Path) -> Path:
     """The run directory: the recipe's own, else `runs/` and the name of the recipe's file."""
     return Path(recipe.directory or f"runs/{Path(path).stem}")

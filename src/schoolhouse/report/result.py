@@ -76,9 +76,9 @@ def _ending(run: Run) -> str:
 
 
 def _seconds(run: Run) -> float:
-    """The run's own time, else that of its steps."""
-    own = number(run.facts, "seconds")
-    return own if math.isfinite(own) else _total(step.seconds for step in run.steps)
+    """The run's own time; that of its steps where it is more, since a run notes its own at its end."""
+    own, steps = number(run.facts, "seconds"), _total(step.seconds for step in run.steps)
+    return max(own, steps) if math.isfinite(own) else steps
 
 
 def _total(values: Iterable[float]) -> float:

@@ -20,8 +20,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from schoolhouse import recipe as recipes
 from schoolhouse.data import show
-from schoolhouse.errors import ConfigError
+from schoolhouse.errors import ConfigError, SchoolhouseError
 from schoolhouse.serve import pages
 from schoolhouse.serve import workspace as spaces
 from schoolhouse.serve.buttons import Buttons
@@ -77,8 +78,19 @@ class Page:
     def _front(self, given: Given, error: ConfigError | None = None) -> Response:
         runs = self._workspace.runs()
         busy = [name for name in runs if self._buttons.busy(name)]
-        page = pages.index(self._workspace.recipes(), runs, busy, given, error)
+        page = pages.index(self._recipes(), runs, busy, given, error)
         return HTMLResponse(page, 200 if error is None else 400)
+
+    def _recipes(self) -> dict[str, str]:
+        """What each recipe trains, and how; those with a starter student first, which need nothing from elsewhere."""
+        found = {}
+        for path in self._workspace.recipes():
+            try:
+                recipe = recipes.read(self._workspace.root / path)
+                found[path] = f"{recipe.model.path} · {recipes.way(recipe)}"
+            except SchoolhouseError as error:
+                found[path] = f"cannot be read: {error.found}"
+        return dict(sorted(found.items(), key=lambda one: not one[1].startswith("starter/")))
 
     def _index(self, request: Request, given: Given) -> Response:
         return self._front({})
@@ -128,8 +140,11 @@ class Page:
         return EventSourceResponse(told())
 
     def _compare(self, request: Request, given: Given) -> Response:
-        first, second = (request.query_params.get(field, "") for field in ("first", "second"))
-        return HTMLResponse(pages.compare((first, second), (self._path(first), self._path(second))))
+        first, second = names = (request.query_params.get("first", ""), request.query_params.get("second", ""))
+        try:
+            return HTMLResponse(pages.compare(names, (self._path(first), self._path(second))))
+        except ConfigError as error:
+            return HTMLResponse(pages.layout(pages.fault(error), "Comparison"), 400)
 
     def _chat(self, request: Request, given: Given) -> Response:
         name = request.path_params["name"]

@@ -42,22 +42,25 @@ def fault(error: object) -> Html:
 # ---- the first page --------------------------------------------------------------------------------------------
 
 
-def index(recipes: Sequence[str], runs: Mapping[str, Path], busy: Sequence[str], given: Mapping[str, str],
+def index(recipes: Mapping[str, str], runs: Mapping[str, Path], busy: Sequence[str], given: Mapping[str, str],
           error: ConfigError | None = None) -> str:  # fmt: skip
-    """What can be started, and what there is. `given` is what the form held, where it was refused."""
+    """What can be started, and what there is. `recipes` are described by path; `given` is what the form held, where
+    it was refused."""
+    begun = [name for name, path in runs.items() if _begun(path)]
     body = join([
         tag("header", tag("p", tag("span", "schoolhouse"), class_="eyebrow"), tag("h1", "Training building")),
         None if error is None else fault(error),
         tag("section", tag("h2", "Start"), _start(recipes, given)),
-        tag("section", tag("h2", "Runs"), _runs(runs, busy), _choose_two(list(runs)) if len(runs) > 1 else None),
+        tag("section", tag("h2", "Runs"), _runs(runs, busy), _choose_two(begun) if len(begun) > 1 else None),
     ])
     return layout(body, "Training building")
 
 
-def _start(recipes: Sequence[str], given: Mapping[str, str]) -> Html:
+def _start(recipes: Mapping[str, str], given: Mapping[str, str]) -> Html:
     if not recipes:
         return tag("p", f"No recipe here: {', '.join(spaces.RECIPES)}.", class_="note")
-    options = [tag("option", one, value=one, selected="" if one == given.get("recipe") else None) for one in recipes]
+    options = [tag("option", f"{path} · {text}", value=path, selected="" if path == given.get("recipe") else None)
+               for path, text in recipes.items()]
     settings = tag("textarea", given.get("settings", ""), name="settings", rows="3", spellcheck="false",
                    placeholder="optim.learning_rate=1e-4")
     return tag(
@@ -98,7 +101,11 @@ def _row(name: str, path: Path, busy: bool) -> Html:
 
 def _read(path: Path) -> Run | None:
     """None for a run that has not begun to write."""
-    return read(path) if (path / "run.json").is_file() else None
+    return read(path) if _begun(path) else None
+
+
+def _begun(path: Path) -> bool:
+    return (path / "run.json").is_file()
 
 
 def _status(run: Run | None, busy: bool) -> str:
@@ -116,7 +123,7 @@ def _choose_two(names: Sequence[str]) -> Html:
             name=field, aria_label=f"{field} run")
         for field, chosen in (("first", names[1]), ("second", names[0]))
     ]
-    return tag("form", *lists, tag("button", "Compare", type="submit"), action="/compare", class_="row")
+    return tag("form", *lists, tag("button", "Compare", type="submit"), action="/compare", class_="row below")
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------
@@ -157,9 +164,7 @@ def _button(text: str, action: str, *fields: Html) -> Html:
 
 def compare(names: tuple[str, str], paths: tuple[Path, Path]) -> str:
     """The curves of two runs in one figure each, and their last answers side by side."""
-    first, second = (_read(path) for path in paths)
-    if first is None or second is None:
-        return layout(fault("one of these runs has not begun"), "Comparison")
+    first, second = (read(path) for path in paths)
     heads = [tag("div", tag("h3", tag("a", name, href=url(name))), tag("p", result.verdict(one), class_="note"),
                  result.figures(one)) for name, one in zip(names, (first, second), strict=True)]  # fmt: skip
     body = join([
