@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import json
 import os
 import re
 import signal
@@ -126,6 +127,16 @@ def test_the_best_checkpoint_answers(visitor: Visitor, done: str) -> None:
     assert "And &lt;b&gt;then&lt;/b&gt;?" in text
     visitor.press(where(done, "forget"))
     assert 'class="said' not in visitor.get(where(done, "chat"))
+
+
+def test_programs_talk_in_lines(done: str, root: Path) -> None:
+    """A line is answered by a line, also where it is none that can be answered; images lie below the directory."""
+    asked = [{"messages": [{"role": "user", "content": "Mia has 3 plums."}]}, [1], {"messages": []}, {}]
+    lines = [*map(json.dumps, asked), "no JSON"]
+    said = program("chat", root / "runs" / done, "--json", input="\n".join(lines), cwd=root).stdout
+    found = [json.loads(line) for line in said.splitlines()]
+    assert [list(one) for one in found] == [["answer"], *([["error"]] * 4)]
+    assert "standard input:2 is no object" in found[1]["error"] and "standard input:3" in found[2]["error"]
 
 
 def test_stopped_resumed_and_compared(visitor: Visitor, done: str, root: Path) -> None:
