@@ -30,7 +30,7 @@ LAYERS = (
     ("checkpoint", "saving", "evaluate", "record", "room", "estimate", "screen", "overview", "export", "proof",
      "report"),
     ("run", "fitting", "trained", "rehearsal", "talk", "train", "replay", "jobs", "selfcheck",
-     "serve"),
+     "serve", "track"),
     ("commands", "cli", "__main__"),
 )
 """A part imports from its own layer and those before it."""

@@ -146,6 +146,10 @@ def parser() -> argparse.ArgumentParser:
     _target(_command(commands, "replay", "compute the step of bad_step.json again, and say which pack it was"),
             "run directory")
     _target(_command(commands, "report", "write the run's report.html"), "run directory")
+    track = _command(commands, "track", "pass a run's records on to a tracker, until the run ends")
+    _target(track, "run directory")
+    track.add_argument("--to", required=True, choices=("tensorboard", "wandb", "trackio"), help="whose")
+    track.add_argument("--project", default="schoolhouse", help="the project's name there (default schoolhouse)")
     serve = _command(commands, "serve", "the page, in this machine's browser: choose, start, watch, stop, chat")
     serve.add_argument("directory", nargs="?", default=".", help="where recipes and runs/ are (unset: here)")
     serve.add_argument("--port", type=int, default=8765, metavar="N", help="of 127.0.0.1 (default 8765; 0: any)")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from schoolhouse import inert
 from schoolhouse import recipe as recipes
-from schoolhouse.config import Recipe
+from schoolhouse.config import Recipe, Track
 from schoolhouse.errors import ConfigError, SchoolhouseError, Stopped
 from schoolhouse.parallel import launch, place
 from schoolhouse.stopping import StopRequest
@@ -94,13 +94,16 @@ def _run_to_its_end(options: Namespace) -> None:
 
 def _train(recipe: Recipe, options: Namespace, stop: StopRequest, mesh: Mesh) -> None:
     from schoolhouse import run as runs
+    from schoolhouse import track
     from schoolhouse.report import page
     from schoolhouse.screen import Screen
     from schoolhouse.train import train
 
     screen = Screen.of(mesh.is_first)
     back = runs.Return(options.allow_change, options.strict_resume)
+    track.require(recipe.track)
     running = runs.begin(recipe, Path(options.recipe), screen, mesh, back)
+    tracking = track.begin(recipe.track, running.record.directory) if mesh.is_first else None
     status = "failed"
     try:
         train(running, stop)
@@ -113,6 +116,8 @@ def _train(recipe: Recipe, options: Namespace, stop: StopRequest, mesh: Mesh) ->
             with contextlib.suppress(*([] if status == "done" else [OSError, SchoolhouseError])):
                 running.finish(status)
                 page.write(running.record.directory)
+        if fault := track.end(tracking):
+            screen.say(fault)
     screen.say(f"done: {running.steps} steps; report: {running.record.directory / 'report.html'}")
 
 
@@ -300,6 +305,14 @@ def new(options: Namespace) -> None:
     print(target)
 
 
+def track(options: Namespace) -> None:
+    """Pass a run's records on to a tracker, until it ends."""
+    from schoolhouse import track as tracking
+
+    sent = tracking.track(Path(options.target), Track(to=options.to, project=options.project))
+    print(f"{sent:,} records passed on to {options.to}")
+
+
 def serve(options: Namespace) -> None:
     """The page of a workspace, until ctrl-C."""
     from schoolhouse.serve import app
@@ -328,7 +341,7 @@ def env(options: Namespace) -> None:
 COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
     "run": run, "check": check, "show": show, "selfcheck": selfcheck, "eval": evaluate, "chat": chat,
     "compare": compare, "export": export, "verify": verify, "replay": replay, "report": report,
-    "serve": serve, "job": job, "ls": ls, "new": new, "schema": schema, "env": env,
+    "track": track, "serve": serve, "job": job, "ls": ls, "new": new, "schema": schema, "env": env,
 }
 
 

@@ -346,6 +346,16 @@ class Parallel(Section):
     """Times that `run --nproc` starts all processes again after one died; they continue from the last checkpoint."""
 
 
+class Track(Section):
+    """Where else a run's records go, while it goes on; a process of its own reads them from the run's directory."""
+
+    to: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """The tracker's package, which must be installed. tensorboard writes into the run's directory; wandb takes its key
+    from WANDB_API_KEY or `wandb login`."""
+    project: str = "schoolhouse"
+    """The project's name, for wandb and trackio; the run's is that of its directory."""
+
+
 class Recipe(Section):
     """One page that says who is taught what, and how."""
 
@@ -367,6 +377,7 @@ class Recipe(Section):
     exam: Exam = Exam()
     checkpoint: Checkpoint = Checkpoint()
     parallel: Parallel = Parallel()
+    track: Track = Track()
 
     @model_validator(mode="after")
     def _whole(self) -> Recipe:

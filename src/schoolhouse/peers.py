@@ -52,6 +52,7 @@ WORDS = {
     "parallel.ulysses": "ulysses_sequence_parallel_size sequence_parallel_size context_parallel_size cp_size",
     "parallel.shard": "fsdp fsdp_size fsdp_config deepspeed",
     "parallel.offload": "cpu_offload offload_params param_offload fsdp_offload_params",
+    "track.to": "report_to use_wandb use_tensorboard logger", "track.project": "wandb_project project_name",
     "--nproc": "n_gpus n_gpus_per_node nproc_per_node num_processes",
 }
 """Our settings, and the names by which others know each."""

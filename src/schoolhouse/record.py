@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +91,41 @@ class Record:
             kept = lines if name == EVENTS else [value for value in lines if value["step"] <= step]
             self.write_text(name, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in kept))
         return read_lines(self.directory / METRICS)
+
+
+def holder(directory: Path) -> int | None:
+    """The process that is to be told to stop, where one trains in this directory on this machine."""
+    try:
+        held = re.fullmatch(r"pid (\d+) on (.*)", (directory / ".active").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    if held is None or held[2] != socket.gethostname():
+        return None
+    number = int(held[1])
+    return _launcher(number) if _holds_lock(number, directory) else None
+
+
+def _holds_lock(number: int, directory: Path) -> bool:
+    """Whether the process is still the one that wrote its number there: another may have it by now."""
+    lock = (directory / ".lock").resolve()
+    try:
+        return any(one.resolve() == lock for one in Path(f"/proc/{number}/fd").iterdir())
+    except OSError:  # it is gone, or somebody else's
+        return False
+
+
+def _launcher(number: int) -> int:
+    """What started a process among several, and passes a signal on to all of them; alone it is its own."""
+    environment = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+    named = [one.partition(b"=")[2] for one in environment if one.startswith(b"SCHOOLHOUSE_LAUNCHER=")]
+    return int(named[0]) if named and named[0].isdigit() else number
+
+
+def under_way(directory: Path) -> bool:
+    """Whether a run goes on in this directory, on this machine."""
+    path = directory / "run.json"
+    status = json.loads(path.read_text(encoding="utf-8"))["status"] if path.is_file() else None
+    return status == "running" and holder(directory) is not None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -66,6 +66,7 @@ def prepare(recipe: Recipe, path: Path, processes: int) -> Rehearsal:
     }
     values["train"] |= {"steps": STEPS}
     values["checkpoint"] |= {"every": 2, "keep": 2}
+    values["track"]["to"] = None
     values["validation"]["every"] = 2 if recipe.data.validation else 0
     if recipe.exam.data is not None:
         values["exam"] |= {
@@ -78,7 +79,7 @@ def prepare(recipe: Recipe, path: Path, processes: int) -> Rehearsal:
     page.write_text(recipes.dump(Recipe.model_validate(values)), encoding="utf-8")
     before, after = recipes.flat(recipe.model_dump(mode="json")), recipes.flat(values)
     other = [f"{key} {before.get(key)} → {after[key]}" for key in after if before.get(key) != after[key]]
-    told = ("batch.", "parallel.", "train.", "exam.max", *(f"model.{name}" for name in _ON_A_DEVICE))
+    told = ("batch.", "parallel.", "train.", "track.", "exam.max", *(f"model.{name}" for name in _ON_A_DEVICE))
     sizes = [one for one in other if one.startswith(told)]
     return Rehearsal(page, place / "run", (of, *sizes))
 

@@ -39,7 +39,7 @@ from schoolhouse.types import PlannedStep
 
 SHOWN_ROWS = 4
 """Training rows whose tokens the report shows."""
-HARMLESS = ("directory", "checkpoint.", "validation.", "device", "data.workers", "data.cache", "parallel.")
+HARMLESS = ("directory", "checkpoint.", "validation.", "device", "data.workers", "data.cache", "parallel.", "track.")
 """Settings that may change between a stop and its continuation: they decide nothing about the weights."""
 CHANGEABLE = ("optim.", "train.", "batch.", "exam.")
 """Settings that decide the weights, and may be changed within a run where --allow-change names them."""

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from schoolhouse import record
 from schoolhouse.errors import ConfigError
-from schoolhouse.serve import workspace as spaces
 from schoolhouse.serve.workspace import CONSOLE, Workspace
 
 LONGEST_NAME = 100
@@ -66,7 +66,7 @@ class Buttons:
         begun = self._started.get(name)
         if begun is not None and begun.poll() is None:
             return begun.pid
-        return spaces.process(self._workspace.root / "runs" / name)
+        return record.holder(self._workspace.root / "runs" / name)
 
     def _run(self, name: str, recipe: str, processes: int, settings: Sequence[str]) -> None:
         if not 1 <= processes <= MOST_PROCESSES:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import socket
 from dataclasses import dataclass
 from pathlib import Path
+
+from schoolhouse import record
 
 RECIPES = ("*.yaml", "recipes/*.yaml", "examples/sft/*/*.yaml")
 """Where recipes are looked for."""
@@ -46,38 +46,10 @@ def _age(path: Path) -> float:
     return max(one.stat().st_mtime for name in ("run.json", CONSOLE) if (one := path / name).is_file())
 
 
-def process(directory: Path) -> int | None:
-    """The process that is to be told to stop, where one trains in this directory on this machine."""
-    try:
-        held = re.fullmatch(r"pid (\d+) on (.*)", (directory / ".active").read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    if held is None or held[2] != socket.gethostname():
-        return None
-    number = int(held[1])
-    return _launcher(number) if _holds_lock(number, directory) else None
-
-
-def _holds_lock(number: int, directory: Path) -> bool:
-    """Whether the process is still the one that wrote its number there: another may have it by now."""
-    lock = (directory / ".lock").resolve()
-    try:
-        return any(one.resolve() == lock for one in Path(f"/proc/{number}/fd").iterdir())
-    except OSError:  # it is gone, or somebody else's
-        return False
-
-
-def _launcher(number: int) -> int:
-    """What started a process among several, and passes a signal on to all of them; alone it is its own."""
-    environment = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
-    named = [one.partition(b"=")[2] for one in environment if one.startswith(b"SCHOOLHOUSE_LAUNCHER=")]
-    return int(named[0]) if named and named[0].isdigit() else number
-
-
 def version(directory: Path) -> str:
     """Another text whenever something of a run has changed."""
     stamps = [str(one.stat().st_mtime_ns) for name in WATCHED if (one := directory / name).is_file()]
-    return "-".join([str(process(directory) or 0), *stamps])
+    return "-".join([str(record.holder(directory) or 0), *stamps])
 
 
 def console(directory: Path) -> str:
