@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         if not launch.is_worker(os.environ) or os.environ["RANK"] == "0":
             print(stopped, file=sys.stderr)
-        if launch.lost_peers():
+        if launch.lost_peers() and not launch.stop_asked():
             launch.end_as_consequence(PeerError.exit_code)  # the agent's signal, not a stop that was asked for
         sys.exit(launch.note_stopped())
     except KeyboardInterrupt:

@@ -34,12 +34,15 @@ def run(options: Namespace) -> None:
         return _rehearse(options)
     stop = StopRequest()
     recipe = recipes.read(options.recipe, options.overrides)
-    with _joined(options, recipe) as mesh:
-        _train(recipe, options, stop, mesh)
+    try:
+        with _joined(options, recipe, stop) as mesh:
+            _train(recipe, options, stop, mesh)
+    finally:
+        stop.heard = True
 
 
 @contextlib.contextmanager
-def _joined(options: Namespace, recipe: Recipe) -> Iterator[Mesh]:
+def _joined(options: Namespace, recipe: Recipe, stop: StopRequest | None = None) -> Iterator[Mesh]:
     """This process among those of the recipe's layout; where --nproc asks for several, it starts them and ends."""
     here = place.place(os.environ)
     if options.nproc != 1 or (place.machines(os.environ) > 1 and here.world == 1):
@@ -54,9 +57,10 @@ def _joined(options: Namespace, recipe: Recipe) -> Iterator[Mesh]:
     if here.world > 1:  # once joined, only rank 0 of all could save a starter student
         places.directory_of(recipe.model)
     device = load.device(recipe.device, here.local)
-    mesh = meshes.connect(recipe.parallel, device)
-    with watch.losses(mesh), products.fastest(device, recipe.model.precision):
-        yield mesh
+    with contextlib.nullcontext() if stop is None else watch.stops(stop, here.world):
+        mesh = meshes.connect(recipe.parallel, device)
+        with watch.losses(mesh), products.fastest(device, recipe.model.precision):
+            yield mesh
     launch.depart()
     meshes.leave(mesh)
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from schoolhouse import optim
 from schoolhouse.config import Recipe
-from schoolhouse.model import fourbit, lora
+from schoolhouse.model import eightbit, fourbit, lora
 
 GIB = 2**30
 
@@ -24,10 +24,10 @@ def memory(recipe: Recipe, model: PreTrainedModel) -> dict[str, float]:
         weights = {module: model.get_submodule(module).get_base_layer().weight.numel() for module in narrow}
         held |= {f"{module}.base_layer.weight": fourbit.BYTES * count for module, count in weights.items()}
     alone = optim.hidden_matrices(model) & trained.keys() if recipe.optim.name == "muon" else set()
-    moment = 1 if recipe.optim.name == "adamw8bit" else 4
+    moment = eightbit.bytes_of if recipe.optim.name == "adamw8bit" else lambda count: 4 * count
     parts = {
         "weights": sum(held.values()), "gradients": 4 * sum(trained.values()),
-        "moments": moment * sum(count * (1 if name in alone else 2) for name, count in trained.items()),
+        "moments": sum(moment(count) * (1 if name in alone else 2) for name, count in trained.items()),
     }
     return {"parameters": sum(one.numel() for one in every.values()),
             **{name: size / GIB for name, size in parts.items()}, "total": sum(parts.values()) / GIB}

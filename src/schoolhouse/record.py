@@ -17,6 +17,8 @@ from filelock import FileLock, Timeout
 from schoolhouse.errors import CheckpointError, ConfigError
 
 METRICS, SAMPLES, EVENTS, EXAMPLES = "metrics.jsonl", "samples.jsonl", "events.jsonl", "examples.jsonl"
+LOCK, ACTIVE = ".lock", ".active"
+"""Held while a run goes on; who holds it."""
 
 
 class Record:
@@ -32,9 +34,9 @@ class Record:
         directory = self.directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(directory / ".lock")
+            self._lock = FileLock(directory / LOCK)
             self._lock.acquire(timeout=0)
-            (directory / ".active").write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            (directory / ACTIVE).write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         except Timeout:
             raise ConfigError(
                 f"the run is active ({_active(directory)})", required="one process a run directory",
@@ -96,22 +98,19 @@ class Record:
 def holder(directory: Path) -> int | None:
     """The process that is to be told to stop, where one trains in this directory on this machine."""
     try:
-        held = re.fullmatch(r"pid (\d+) on (.*)", (directory / ".active").read_text(encoding="utf-8"))
-    except OSError:
+        told = (directory / ACTIVE).read_text(encoding="utf-8", errors="replace")
+        held = re.fullmatch(r"pid (\d{1,9}) on (.*)", told)
+        if held is None or held[2] != socket.gethostname() or not _holds_lock(int(held[1]), directory):
+            return None
+        return _launcher(int(held[1]))
+    except OSError:  # it has ended, is somebody else's, or this is no Linux
         return None
-    if held is None or held[2] != socket.gethostname():
-        return None
-    number = int(held[1])
-    return _launcher(number) if _holds_lock(number, directory) else None
 
 
 def _holds_lock(number: int, directory: Path) -> bool:
     """Whether the process is still the one that wrote its number there: another may have it by now."""
-    lock = (directory / ".lock").resolve()
-    try:
-        return any(one.resolve() == lock for one in Path(f"/proc/{number}/fd").iterdir())
-    except OSError:  # it is gone, or somebody else's
-        return False
+    lock = (directory / LOCK).resolve()
+    return any(one.resolve() == lock for one in Path(f"/proc/{number}/fd").iterdir())
 
 
 def _launcher(number: int) -> int:
@@ -148,5 +147,5 @@ def _unwritable(directory: Path, error: OSError) -> CheckpointError:
 
 
 def _active(directory: Path) -> str:
-    path = directory / ".active"
+    path = directory / ACTIVE
     return path.read_text(encoding="utf-8") if path.is_file() else "another process"

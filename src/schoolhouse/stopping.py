@@ -13,6 +13,7 @@ from types import FrameType
 from schoolhouse.errors import Stopped
 
 IMPATIENT_SECONDS = 3.0
+EARLY = "stopped; the same command continues from the last checkpoint, or begins where there is none"
 SOON = 0.1
 """Seconds until a request that came during an import is looked at again."""
 INTERRUPTED = 130
@@ -24,6 +25,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.heard = False
+        """Whether the program was told: it leaves, or will after its step."""
         self._deferring = False
         self._last = -IMPATIENT_SECONDS
         signal.signal(signal.SIGTERM, self._handle)
@@ -32,11 +35,11 @@ class StopRequest:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Inside, a signal only sets `asked`, for the loop to see after its step."""
-        self._deferring = True
+        self._deferring = self.heard = True  # whatever comes is looked at after each step
         try:
             yield
         finally:
-            self._deferring = False
+            self._deferring = self.heard = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -48,11 +51,17 @@ class StopRequest:
         if self._deferring:
             return
         if _importing(frame):
-            again = threading.Timer(SOON, os.kill, (os.getpid(), signal.SIGTERM))
+            again = threading.Timer(SOON, self._again)
             again.daemon = True
             again.start()
             return
-        raise Stopped("stopped; the same command continues from the last checkpoint, or begins where there is none")
+        self.heard = True
+        raise Stopped(EARLY)
+
+    def _again(self) -> None:
+        """The signal once more, unless what ended the import has stopped the program by now."""
+        if not self.heard:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _importing(frame: FrameType | None) -> bool:

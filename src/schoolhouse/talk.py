@@ -51,17 +51,21 @@ def answer_lines(student: Student, served: Served) -> None:
     `{"answer": ...}`, or `{"error": ...}`, until the end of input."""
     for number, line in enumerate(sys.stdin, 1):
         try:
-            asked = _conversation(json.loads(line), Origin("standard input", number))
+            asked = _conversation(line, Origin("standard input", number))
             found = {"answer": reply(student, served, asked.messages, tools=asked.tools)}
-        except (DataError, SafetyError, ValueError) as error:
+        except (DataError, SafetyError) as error:
             found = {"error": str(error)}
         print(json.dumps(found, ensure_ascii=False), flush=True)
 
 
-def _conversation(row: object, origin: Origin) -> Conversation:
+def _conversation(line: str, origin: Origin) -> Conversation:
     """What is asked, before its answer; images are read from below the working directory alone."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
     if not isinstance(row, dict):
-        raise ValueError(f'{origin} is no object {{"messages": [...]}}')
+        raise DataError(f"{origin} is no object", required='{"messages": [...]}', where=str(origin), remedy="mend it")
     said = to_messages(row.get("messages"), f"{origin} messages")
     shown = images.placed(said, images.listed(row.get("images")), Rows(image_root="."), origin)
     return Conversation(shown, origin, to_tools(row.get("tools"), f"{origin} tools"))

@@ -280,7 +280,7 @@ def test_f14_growth_is_that_of_the_packs(length: int, patches: int | None, sizes
 @pytest.mark.parametrize(("words", "within"), [
     ((), 0.0), (("model.precision=bfloat16",), 0.0), (("optim.name=muon",), 0.0), (("lora.rank=4",), 0.0),
     (("model.precision=bfloat16", "lora.rank=4", "lora.dora=true", "lora.modules_to_save=[norm]"), 0.0),
-    (("lora.rank=4", "lora.base=nf4"), 0.01),
+    (("lora.rank=4", "lora.base=nf4"), 0.01), (("optim.name=adamw8bit",), 0.1),
 ])
 def test_f14_check_foresees_what_is_held(words: tuple[str, ...], within: float, page: Path, tmp_path: Path) -> None:
     """Weights, gradients and moments before anything is loaded, beside those of the run, to the byte; scales of small

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import html
+import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 from test_run import PATIENCE, last_step, program
 from visitor import RECIPE, Visitor, hears, page, records, where
 
-from schoolhouse import places
+from schoolhouse import places, record
 
 ODD = "a; $(touch marker) `touch marker` <img src=x onerror=alert(1)> ü"
 
@@ -30,13 +34,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (outside / "secret.yaml").write_text(RECIPE)
     root = tmp_path_factory.mktemp("workspace")
     (root / "lesson.yaml").write_text(RECIPE)
-    (root / "runs").mkdir()
+    (root / "runs").symlink_to(tmp_path_factory.mktemp("disk"))  # a larger one
     (root / "runs" / "link").symlink_to(outside)
     (root / "link.yaml").symlink_to(outside / "secret.yaml")
     yield root
-    for active in root.glob("runs/*/.active"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(active.read_text().split()[1]), signal.SIGKILL)
+    for number in filter(None, map(record.holder, root.glob("runs/*"))):
+        os.kill(number, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -142,27 +145,113 @@ def test_programs_talk_in_lines(done: str, root: Path) -> None:
 def test_stopped_resumed_and_compared(visitor: Visitor, done: str, root: Path) -> None:
     """With two processes; the buttons are the signals and commands of the command line."""
     visitor.start("second", "train.steps=400", "exam.every=0", processes=2)
-    with visitor.listening("second") as listener:
-        assert hears(listener) != hears(listener), "the page is told of every change"
     visitor.wait("second", "… running")
-    limit = time.monotonic() + PATIENCE
-    while last_step(root / "runs" / "second") < 2:
-        assert time.monotonic() < limit
-        time.sleep(0.1)
-    visitor.press(where("second", "stop"))
-    visitor.wait("second", "‖ stopped")
-    assert "no process trains" in visitor.press(where("second", "stop"), 400).text
+    wait_for_step(root / "runs" / "second", 2)
+    with visitor.listening("second") as listener:
+        visitor.press(where("second", "stop"))
+        assert visitor.told("second") in ("‖ stopping after this step", "‖ stopped")
+        while visitor.told("second") != "‖ stopped":
+            hears(listener)  # of every change, the last one too
+    refused = visitor.press(where("second", "stop"), 400).text
+    assert "no process trains" in refused and f'data-page="{where("second")}"' in refused, "and is renewed as before"
     reached = last_step(root / "runs" / "second")
     visitor.press(where("second", "resume"), processes=2)
     visitor.wait("second", "… running")
     assert "cannot be resumed" in visitor.press(where("second", "resume"), 400, processes=2).text
-    while last_step(root / "runs" / "second") <= reached:
-        time.sleep(0.1)
+    wait_for_step(root / "runs" / "second", reached + 1)
     assert f"resumed from step {reached} (verified)" in visitor.get(where("second"))
     visitor.press(where("second", "stop"))
     visitor.wait("second", "‖ stopped")
     text = visitor.get(f"/compare?first=second&second={where(done).removeprefix('/runs/')}")
     assert text.count("curve second") == 3 and "only second is right" in text
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    limit = time.monotonic() + PATIENCE
+    while last_step(run) < step:
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def test_one_of_many_presses_starts_it(visitor: Visitor, root: Path) -> None:
+    sent = urlencode({"recipe": "lesson.yaml", "name": "once", "settings": "train.steps=1\nexam.every=0"})
+    with ThreadPoolExecutor(8) as several:
+        pressed = [several.submit(visitor.ask, "POST", "/start", sent, origin=visitor.origin) for _ in range(8)]
+        assert sorted(one.result().status for one in pressed) == [303, *([400] * 7)]
+    visitor.wait("once", "✓ done")
+    assert "the run is active" not in visitor.get(where("once"))
+
+
+@pytest.fixture
+def odd(root: Path, done: str) -> Iterator[Path]:
+    """A run as it may come from a stranger."""
+    place = root / "runs" / "odd"
+    shutil.copytree(root / "runs" / done, place, ignore=shutil.ignore_patterns("checkpoints", ".active", ".lock"))
+    yield place
+    shutil.rmtree(place) if not place.is_symlink() else place.unlink()
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("run.json", b"["), ("run.json", b"[" * 200_000), ("run.json", b"\xff\xfe"), ("run.json", b'{"recipe": [1]}'),
+    ("metrics.jsonl", b"[" * 200_000), ("metrics.jsonl", b'{"kind": "step", "step": 1' + b"0" * 400 + b"}"),
+    ("metrics.jsonl", b'{"kind": "step", "step": -5, "loss": Infinity}\n{"kind": "step", "step": 3, "loss": NaN}'),
+    ("metrics.jsonl", b'{"kind": "step", "step": 2, "loss": 1' + b"0" * 400 + b"}"),
+    ("examples.jsonl", b'{"source": 1, "row": 2, "verdict": 3, "turns": [], "ids": [], "weights": [], '
+                       b'"pieces": ["x"]}'),
+    (".active", b"\xff\xff"), (".active", b"pid " + b"9" * 5000 + b" on x"), ("console.txt", b"\x1b[31m\xff" * 50_000),
+], ids=lambda value: repr(value)[:40])
+def test_f25_files_of_strangers_cost_no_page(name: str, content: bytes, odd: Path, visitor: Visitor) -> None:
+    (odd / name).write_bytes(content)
+    assert visitor.ask("GET", "/").status == 200 and visitor.ask("GET", where("odd")).status == 200
+
+
+def test_f25_odd_entries_are_nobodys_runs(odd: Path, visitor: Visitor, root: Path) -> None:
+    """Links, pipes, circles, and names that are no text: not shown, not written to, and nobody waits for them."""
+    secret = root / "secret"
+    secret.write_text("a secret")
+    runs = odd.parent
+    for number, name in enumerate(("console.txt", "run.json", ".lock", "chat.txt", ".active", "metrics.jsonl")):
+        shutil.copytree(odd, runs / f"odd-{number}")
+        (runs / f"odd-{number}" / name).unlink(missing_ok=True)
+        (runs / f"odd-{number}" / name).symlink_to(secret)
+    os.mkfifo(odd / ".active")
+    (runs / "circle").symlink_to(runs / "ring")
+    (runs / "ring").symlink_to(runs / "circle")
+    no_text = Path(os.fsdecode(os.fsencode(runs) + b"/\xff\xfe"))
+    no_text.mkdir()
+    (no_text / "run.json").write_text("{}")
+    front = visitor.get("/")
+    for name in ("odd", *(f"odd-{number}" for number in range(6)), "circle", "ring"):
+        assert f">{name}<" not in front and visitor.ask("GET", where(name)).status == 404, name
+        visitor.press("/start", 400, recipe="lesson.yaml", name=name, processes=1, settings="")
+    assert secret.read_text() == "a secret"
+
+
+@pytest.mark.parametrize("leave", ["forget", "ctrl-C"])
+def test_nobody_waits_for_a_student_that_hangs(leave: str, done: str, root: Path) -> None:
+    """Whoever asked is answered, and no process is left."""
+    with page(root) as visitor, ThreadPoolExecutor(1) as asking:
+        asked = asking.submit(visitor.ask, "POST", where(done, "chat"), "text=Hello", origin=visitor.origin)
+        limit = time.monotonic() + PATIENCE
+        while not (students := children(visitor.process.pid)):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        os.kill(students[0], signal.SIGSTOP)
+        if leave == "forget":
+            visitor.press(where(done, "forget"))
+            assert asked.result(20).status == 303
+        else:
+            visitor.process.send_signal(signal.SIGINT)
+            assert visitor.process.wait(20) == 0
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                asked.result(20)
+        assert not Path(f"/proc/{students[0]}").exists() or children(visitor.process.pid) == []
+
+
+def children(number: int) -> list[int]:
+    """The processes that a process has started and that have not ended."""
+    found = Path(f"/proc/{number}/task").glob("*/children")
+    return [int(one) for path in found for one in path.read_text().split()]
 
 
 def test_f25_training_outlives_the_page(root: Path) -> None:
@@ -201,8 +290,10 @@ def test_f25_a_hundred_listeners(visitor: Visitor, done: str, root: Path) -> Non
     ({"name": ""}, "is no name of a run"), ({"name": "a/b"}, "is no name of a run"),
     ({"name": "../x"}, "is no name of a run"), ({"name": "-x"}, "is no name of a run"),
     ({"name": "x" * 101}, "is no name of a run"), ({"name": "a\x00b"}, "is no name of a run"),
-    ({"settings": "--trust-remote-code"}, "is no setting"), ({"settings": "directory=/tmp/x"}, "is no setting"),
-    ({"settings": " directory = /tmp/x"}, "is no setting"), ({"settings": "train.steps"}, "is no setting"),
+    ({"settings": "--trust-remote-code"}, "is no setting"), ({"settings": "directory=/tmp/x"}, "is runs/ and its name"),
+    ({"settings": " directory = /tmp/x"}, "is runs/ and its name"),
+    ({"settings": "train.steps=3\x00"}, "is no setting"), ({"settings": "a=" + "x" * 200_000}, "is no setting"),
+    ({"settings": "train.steps"}, "is no setting"),
     ({"processes": "0"}, "0 processes"), ({"processes": "1e9"}, "0 processes"), ({"processes": "65"}, "65 processes"),
 ], ids=str)
 def test_what_cannot_be_started(changed: dict[str, str], said: str, visitor: Visitor, root: Path) -> None:

@@ -321,6 +321,8 @@ class Html(str):
     __slots__ = ()
 
 
+VOID = ("meta", "link", "br", "img", "input")
+"""Elements that hold nothing and are not closed."""
 Child = str | int | float | None
 """What may stand in an element: text, a number, HTML, or nothing."""
 
@@ -330,7 +332,7 @@ def tag(name: str, /, *children: Child, **attributes: Child) -> Html:
     given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
     written = "".join(f' {key}="{_escape(value)}"' for key, value in given.items())
     inner = ("\n" if name == "pre" else "") + join(children)  # HTML drops the first line end of a pre
-    return Html(f"<{name}{written}>" if name in ("meta", "link", "br", "img") else f"<{name}{written}>{inner}</{name}>")
+    return Html(f"<{name}{written}>" if name in VOID else f"<{name}{written}>{inner}</{name}>")
 
 
 def join(parts: Iterable[Child]) -> Html:

@@ -17,8 +17,15 @@ from torch.distributed.tensor import DTensor
 
 from schoolhouse.errors import ConfigError
 
+BLOCK, SMALLEST = 256, 4096
+"""Values that share a scale, and of the smallest tensor that is narrowed."""
 PAIRS = {"exp_avg": True, "exp_avg_sq": False}
 """The moments that are kept in 8 bits, and whether they have a sign."""
+
+
+def bytes_of(count: int) -> float:
+    """Memory of one moment of a tensor of so many values."""
+    return count * (1 + 4 / BLOCK) if count >= SMALLEST and count % BLOCK == 0 else 4.0 * count
 
 
 def adamw(groups: list[dict], **settings: Any) -> torch.optim.Optimizer:

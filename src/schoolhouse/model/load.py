@@ -251,7 +251,7 @@ def _refused(directory: Path) -> Iterator[None]:
     """Inside, what transformers cannot load is a ModelError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, *inert.faults()) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, *inert.faults()) as error:
         inert.refuse_code(error, directory)
         raise ModelError(
             f"the model does not load: {' '.join(str(error).split())[:200]}",

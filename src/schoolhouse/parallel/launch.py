@@ -118,7 +118,10 @@ def lost_peers() -> list[int]:
     """The processes of this machine's workers that ended without departing."""
     if not is_worker(os.environ):
         return []
-    noted = [int(path.read_text(encoding="utf-8") or 0) for path in Path(os.environ[OFFICE]).glob("worker-*")]
+    noted = []
+    for path in Path(os.environ[OFFICE]).glob("worker-*"):
+        with contextlib.suppress(FileNotFoundError):  # it departs
+            noted.append(int(path.read_text(encoding="utf-8") or 0))
     return [number for number in noted if number and not _alive(number)]
 
 
@@ -149,6 +152,11 @@ def report(error: BaseException, exit_code: int) -> None:
         extra = {"timestamp": int(time.time()), "exit_code": exit_code, "py_callstack": stack}
         text = json.dumps({"message": {"message": shown, "extraInfo": extra}})
         Path(os.environ[ERROR_FILE]).write_text(text, encoding="utf-8")
+
+
+def stop_asked() -> bool:
+    """Whether the launcher of this worker was asked to stop."""
+    return is_worker(os.environ) and (Path(os.environ[OFFICE]) / STOP).exists()
 
 
 def note_stopped() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from schoolhouse.errors import PeerError
+from schoolhouse.errors import PeerError, Stopped
 from schoolhouse.parallel import launch
 from schoolhouse.parallel.mesh import Mesh
+from schoolhouse.stopping import EARLY, StopRequest
 
 LOOK_SECONDS = 0.5
 LOST_SECONDS = 4.0
@@ -30,18 +32,18 @@ def watching(mesh: Mesh, timeout: float, directory: Path) -> Iterator[None]:
     The signs are the mesh's own collectives, which return only when every process takes part.
     """
     mesh.pulse.beat()
-    with _looking(mesh, min(LOOK_SECONDS, timeout / 4), lambda: _find_hang(mesh, timeout, directory)):
+    with _looking(mesh.world > 1, min(LOOK_SECONDS, timeout / 4), lambda: _find_hang(mesh, timeout, directory)):
         yield
 
 
 @contextlib.contextmanager
 def losses(mesh: Mesh) -> Iterator[None]:
     """Inside, what a collective raises when a peer is gone becomes a PeerError, and this process ends in any case."""
-    with _looking(mesh, LOOK_SECONDS, _Peers().look):
+    with _looking(mesh.world > 1, LOOK_SECONDS, _Peers().look):
         try:
             yield
         except RuntimeError as error:
-            if mesh.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if mesh.world == 1 or not _is_loss(error):
                 raise
             raise PeerError(
                 f"another process was lost: {' '.join(str(error).split())[:120]}",
@@ -51,7 +53,25 @@ def losses(mesh: Mesh) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _looking(mesh: Mesh, seconds: float, look: Callable[[], None]) -> Iterator[None]:
+def stops(stop: StopRequest, world: int) -> Iterator[None]:
+    """Inside, a stop that all processes were asked for is one in each of them: also where one waits, in a place that no
+    signal reaches, for a peer that has left already, or where such a peer breaks what they do together."""
+    with _looking(world > 1, LOOK_SECONDS, _Stop(stop).look):
+        try:
+            yield
+        except (RuntimeError, PeerError) as error:
+            if launch.stop_asked() and (isinstance(error, PeerError) or _is_loss(error)):
+                raise Stopped(EARLY) from error
+            raise
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Whether a collective raised it, because a peer is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+@contextlib.contextmanager
+def _looking(several: bool, seconds: float, look: Callable[[], None]) -> Iterator[None]:
     """Inside, `look` is called every so often by a thread, where there are several processes."""
     over = threading.Event()
 
@@ -60,14 +80,32 @@ def _looking(mesh: Mesh, seconds: float, look: Callable[[], None]) -> Iterator[N
             look()
 
     thread = threading.Thread(target=repeat, daemon=True)
-    if mesh.world > 1:
+    if several:
         thread.start()
     try:
         yield
     finally:
         over.set()
-        if mesh.world > 1:
+        if several:
             thread.join()
+
+
+class _Stop:
+    """Ends this process where it should have stopped long ago; before training there is nothing to save."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+        self._since: float | None = None
+
+    def look(self) -> None:
+        if self._stop.heard or not launch.stop_asked():
+            self._since = None
+        elif self._since is None:
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since > LOST_SECONDS:
+            if os.environ["RANK"] == "0":
+                print(EARLY, file=sys.stderr, flush=True)
+            os._exit(launch.note_stopped())
 
 
 class _Peers:

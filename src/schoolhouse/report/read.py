@@ -139,7 +139,10 @@ def read(directory: str | Path) -> Run:
 def number(record: Record, key: str) -> float:
     """A figure of a record; NaN where it is missing or no number."""
     value = record.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # JSON knows integers of any length
+        return math.nan
 
 
 def _require(directory: Path) -> None:
@@ -157,7 +160,7 @@ def _object(path: Path, faults: list[str]) -> Record:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except ValueError:  # not JSON, or not text: a JSONDecodeError or a UnicodeDecodeError
+    except (ValueError, RecursionError):  # not JSON, or not text: a JSONDecodeError or a UnicodeDecodeError
         value = None
     if not isinstance(value, dict):
         faults.append(f"{path.name} is torn and was left out")
@@ -175,7 +178,7 @@ def _lines(path: Path, faults: list[str]) -> Iterator[Record]:
                 continue
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
             if isinstance(value, dict):
                 yield value
@@ -188,10 +191,18 @@ def _by_step(make: Callable[[Record], Value], records: Iterable[Record], faults:
     last: dict[int, Value] = {}
     for record in records:
         try:
-            last[int(record["step"])] = make(record)
+            last[_place(record)] = make(record)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             faults.append(f"a record of kind {record.get('kind')} was left out: {type(error).__name__} {error}")
     return tuple(last[step] for step in sorted(last))
+
+
+def _place(record: Record) -> int:
+    """The step that a record is of."""
+    step = int(record["step"])
+    if not 0 <= step < 1 << 53:
+        raise ValueError(f"there is no step {step}")
+    return step
 
 
 def _step(record: Record) -> StepRecord:
@@ -242,4 +253,8 @@ def _answer(record: Record) -> Answer:
 def _is_example(record: Record) -> bool:
     """A row that the renderers of `data.show` can take."""
     lists = all(isinstance(record.get(name), list) for name in ("turns", "ids", "weights", "pieces"))
-    return lists and {"source", "row", "verdict"} <= record.keys()
+    return lists and {"source", "row", "verdict"} <= record.keys() and all(map(_is_piece, record["pieces"]))
+
+
+def _is_piece(piece: Any) -> bool:
+    return isinstance(piece, Mapping) and isinstance(piece.get("weight"), int | float) and "text" in piece

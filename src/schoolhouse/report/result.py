@@ -26,6 +26,8 @@ STATUS = {"done": "✓ done", "running": "… running", "stopped": "‖ stopped"
 def name(run: Run) -> str:
     """The recipe's classroom and name, else the directory's name."""
     path = PurePath(str(run.facts.get("recipe_path") or run.directory.resolve().name))
+    if path.name == "resolved.yaml":  # it was resumed with what it began with
+        path = PurePath(run.directory.resolve().name)
     return f"{path.parent.name} / {path.stem}" if path.parent.name else path.stem
 
 
@@ -88,7 +90,8 @@ def _total(values: Iterable[float]) -> float:
 
 def _who(run: Run) -> str:
     student, lesson = words.at(run.recipe, "model.path"), words.at(run.recipe, "data.train")
-    parts = [f"{words.value(student)} learns {words.value(lesson)}"] if student and lesson else []
+    sources = [str(one.get("path")) for one in lesson if isinstance(one, Mapping)] if isinstance(lesson, list) else []
+    parts = [f"{words.value(student)} learns {', '.join(sources)}"] if student and sources else []
     if run.facts.get("started"):
         parts.append(f"started {words.moment(run.facts['started'])}")
     return " · ".join(parts)
@@ -170,7 +173,8 @@ def _progress(run: Run) -> list[tuple[str, str, str]]:
     if run.steps:
         planned, epoch = number(derived, "steps_total"), number(run.recipe.get("train") or {}, "epochs")
         of = f"of {words.count(planned)}" if math.isfinite(planned) else ""
-        epochs = words.plural(epoch, "epoch") if math.isfinite(epoch) else ""
+        by_steps = words.at(run.recipe, "train.steps") is not None
+        epochs = words.plural(epoch, "epoch") if math.isfinite(epoch) and not by_steps else ""
         found.append(("Steps", words.count(run.steps[-1].step), ", ".join(filter(None, [of, epochs]))))
     if math.isfinite(number(derived, "trainable")):
         whole = f"of {plots.compact(number(derived, 'parameters'))} parameters"
@@ -266,8 +270,8 @@ def _smoothed(run: Run, value: Callable[[Any], float]) -> list[Series]:
     points = _points(run.steps, value)
     if len(points) < FEW_STEPS:
         return [Series("each step", points)]
-    course = tuple(plots.smooth(points, max(2.0, len(points) / 50)))
-    return [Series("smoothed", course), Series("each step", points, "raw")]
+    means = tuple(plots.smooth(points, max(2.0, len(points) / 50)))
+    return [Series("smoothed", means), Series("each step", points, "raw")]
 
 
 def figure(title: str, series: Sequence[Series], frame: Frame, form: plots.Format = plots.compact,

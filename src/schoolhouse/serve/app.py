@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,23 +17,27 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from schoolhouse import recipe as recipes
 from schoolhouse.data import show
 from schoolhouse.errors import ConfigError, SchoolhouseError
+from schoolhouse.report.read import Run, read
 from schoolhouse.serve import pages
 from schoolhouse.serve import workspace as spaces
 from schoolhouse.serve.buttons import Buttons
 from schoolhouse.serve.chats import Chats
 from schoolhouse.serve.guard import Guard
+from schoolhouse.serve.pages import Seen
 from schoolhouse.serve.workspace import Workspace
 
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 1_000_000
 """Of what a form may send."""
+MOST_RUNS = 64
+"""Runs whose records are kept, until they change."""
 SECONDS = 1.0
 """Between two looks at a run's files."""
 
@@ -59,14 +64,28 @@ class Page:
             "/start": self._start, "/runs/{name}/stop": self._stop, "/runs/{name}/resume": self._resume,
             "/runs/{name}/chat": self._say, "/runs/{name}/forget": self._forget,
         }
-        routes = [Route(path, _apart(handler)) for path, handler in seen.items()]
-        routes += [Route(path, _apart(handler), methods=["POST"]) for path, handler in pressed.items()]
+        routes = [Route(path, self._apart(handler)) for path, handler in seen.items()]
+        routes += [Route(path, self._apart(handler), methods=["POST"]) for path, handler in pressed.items()]
         routes.append(Route("/runs/{name}/changes", self._changes))
-        return Starlette(routes=routes, middleware=[Middleware(Guard, token=token)], max_body_size=MOST_BYTES)
+        return Starlette(routes=routes, middleware=[Middleware(Guard, token=token)])
 
     def close(self) -> None:
         """End the students that talk; runs go on."""
         self._chats.close()
+
+    def _apart(self, handler: Handler) -> Callable:
+        """The handler in a thread of its own, since it reads files; with the fields of the form that was sent."""
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                sent = await _body(request)
+            except ClientDisconnect:
+                return Response(status_code=400)
+            fields = parse_qs(sent.decode("utf-8", errors="replace"), keep_blank_values=True)
+            await run_in_threadpool(self._chats.rest)
+            return await run_in_threadpool(handler, request, {name: values[-1] for name, values in fields.items()})
+
+        return endpoint
 
     def _path(self, name: str) -> Path:
         """The directory of a run that is there."""
@@ -75,25 +94,20 @@ class Page:
             raise HTTPException(404, "There is no such run.")
         return found
 
-    def _front(self, given: Given, error: ConfigError | None = None) -> Response:
-        runs = self._workspace.runs()
-        busy = [name for name in runs if self._buttons.busy(name)]
-        page = pages.index(self._recipes(), runs, busy, given, error)
-        return HTMLResponse(page, 200 if error is None else 400)
+    def _version(self, name: str, path: Path) -> str:
+        return spaces.version(path, self._buttons.status(name))
 
-    def _recipes(self) -> dict[str, str]:
-        """What each recipe trains, and how; those with a starter student first, which need nothing from elsewhere."""
-        found = {}
-        for path in self._workspace.recipes():
-            try:
-                recipe = recipes.read(self._workspace.root / path)
-                found[path] = f"{recipe.model.path} · {recipes.way(recipe)}"
-            except SchoolhouseError as error:
-                found[path] = f"cannot be read: {error.found}"
-        return dict(sorted(found.items(), key=lambda one: not one[1].startswith("starter/")))
+    def _seen(self, name: str, path: Path) -> Seen:
+        """A run as it is now."""
+        version = self._version(name, path)
+        run, unread = _read(path, version)
+        return Seen(self._buttons.status(name), version, run, unread)
 
-    def _index(self, request: Request, given: Given) -> Response:
-        return self._front({})
+    def _index(self, request: Request, given: Given, error: ConfigError | None = None) -> Response:
+        runs = {name: self._seen(name, path) for name, path in self._workspace.runs().items()}
+        found = {path: _described(self._workspace.root / path) for path in self._workspace.recipes()}
+        starters_first = dict(sorted(found.items(), key=lambda one: not one[1].startswith("starter/")))
+        return HTMLResponse(pages.index(starters_first, runs, given, error), 200 if error is None else 400)
 
     def _start(self, request: Request, given: Given) -> Response:
         settings = [line.strip() for line in given.get("settings", "").splitlines() if line.strip()]
@@ -101,13 +115,13 @@ class Page:
         try:
             self._buttons.start(given.get("recipe", ""), name, _processes(given), settings)
         except ConfigError as error:
-            return self._front(given, error)
+            return self._index(request, given, error)
         return RedirectResponse(pages.url(name), 303)
 
     def _run(self, request: Request, given: Given, error: ConfigError | None = None) -> Response:
         name = request.path_params["name"]
-        page = pages.run(name, self._path(name), self._buttons.busy(name), error)
-        return HTMLResponse(page, 200 if error is None else 400)
+        path = self._path(name)
+        return HTMLResponse(pages.run(name, path, self._seen(name, path), error), 200 if error is None else 400)
 
     def _stop(self, request: Request, given: Given) -> Response:
         return self._press(request, self._buttons.stop)
@@ -126,12 +140,13 @@ class Page:
 
     async def _changes(self, request: Request) -> Response:
         """A word whenever something of a run has changed, for as long as somebody listens."""
-        path, since = self._path(request.path_params["name"]), request.query_params.get("since", "")
+        name, since = request.path_params["name"], request.query_params.get("since", "")
+        path = await run_in_threadpool(self._path, name)
 
         async def told() -> AsyncIterator[dict[str, str]]:
             seen = since
             while path.is_dir():
-                now = await run_in_threadpool(spaces.version, path)
+                now = await run_in_threadpool(self._version, name, path)
                 if now != seen:
                     yield {"data": now}
                 seen = now
@@ -140,23 +155,22 @@ class Page:
         return EventSourceResponse(told())
 
     def _compare(self, request: Request, given: Given) -> Response:
-        first, second = names = (request.query_params.get("first", ""), request.query_params.get("second", ""))
-        try:
-            return HTMLResponse(pages.compare(names, (self._path(first), self._path(second))))
-        except ConfigError as error:
-            return HTMLResponse(pages.layout(pages.fault(error), "Comparison"), 400)
+        names = (request.query_params.get("first", ""), request.query_params.get("second", ""))
+        first, second = (self._seen(name, self._path(name)).run for name in names)
+        if first is None or second is None:
+            raise HTTPException(404, "One of these runs has not begun.")
+        return HTMLResponse(pages.compare(names, first, second))
 
     def _chat(self, request: Request, given: Given) -> Response:
         name = request.path_params["name"]
-        self._path(name)
-        return HTMLResponse(pages.chat(name, self._chats.of(name)))
+        return HTMLResponse(pages.chat(name, self._chats.of(name, self._path(name))))
 
     def _say(self, request: Request, given: Given) -> Response:
         name, text = request.path_params["name"], given.get("text", "").strip()
-        self._path(name)
+        chat = self._chats.of(name, self._path(name))
         if text:
             self._chats.make_room(name)
-            self._chats.of(name).ask(text)
+            chat.ask(text)
         return RedirectResponse(pages.url(name, "chat"), 303)
 
     def _forget(self, request: Request, given: Given) -> Response:
@@ -166,14 +180,42 @@ class Page:
         return RedirectResponse(pages.url(name, "chat"), 303)
 
 
-def _apart(handler: Handler) -> Callable:
-    """The handler in a thread of its own, since it reads files; with the fields of the form that was sent."""
+async def _body(request: Request) -> bytes:
+    """What a form sends, as far as that is sensible."""
+    sent = b""
+    async for part in request.stream():
+        sent += part
+        if len(sent) > MOST_BYTES:
+            raise HTTPException(413, "That is too much.")
+    return sent
 
-    async def endpoint(request: Request) -> Response:
-        sent = parse_qs((await request.body()).decode("utf-8", errors="replace"), keep_blank_values=True)
-        return await run_in_threadpool(handler, request, {name: values[-1] for name, values in sent.items()})
 
-    return endpoint
+@functools.lru_cache(maxsize=MOST_RUNS)
+def _read(path: Path, version: str) -> tuple[Run | None, str]:
+    """A run's records at this version, or why they cannot be read."""
+    if not (path / "run.json").is_file():
+        return None, ""
+    try:
+        return read(path), ""
+    except (ConfigError, OSError) as error:
+        return None, str(error)
+
+
+def _described(path: Path) -> str:
+    """What a recipe trains, and how."""
+    try:
+        return _described_at(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+@functools.lru_cache(maxsize=1000)
+def _described_at(path: Path, changed: int) -> str:
+    try:
+        recipe = recipes.read(path)
+    except SchoolhouseError as error:
+        return f"cannot be read: {error.found}"
+    return f"{recipe.model.path} · {recipes.way(recipe)}"
 
 
 def _processes(given: Given) -> int:
@@ -195,6 +237,18 @@ def _file(package: str, name: str) -> str:
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
+class _Server(uvicorn.Server):
+    """Ends the students before it waits for requests, of which some may wait for them."""
+
+    def __init__(self, settings: uvicorn.Config, page: Page) -> None:
+        super().__init__(settings)
+        self._page = page
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await run_in_threadpool(self._page.close)
+        await super().shutdown(sockets)
+
+
 def serve(root: Path, port: int) -> None:
     """Serve the page of a workspace until ctrl-C; raises ConfigError where the port is taken."""
     if not root.is_dir():
@@ -206,10 +260,10 @@ def serve(root: Path, port: int) -> None:
         print("for this machine's browser; ctrl-C closes the page, runs go on", flush=True)
         settings = uvicorn.Config(
             page.app(token), log_level="warning", access_log=False, proxy_headers=False, server_header=False,
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=2,
         )
         try:
-            uvicorn.Server(settings).run(sockets=[listening])
+            _Server(settings, page).run(sockets=[listening])
         except KeyboardInterrupt:
             print("closed", flush=True)
         finally:

@@ -10,11 +10,15 @@ import time
 from pathlib import Path
 
 from schoolhouse.serve.buttons import PROGRAM
+from schoolhouse.serve.workspace import COMPLAINTS
 
 IDLE_SECONDS = 600.0
-"""After this long without a message a student gives its memory back; what was said stays."""
+"""After this long without a message a student gives its memory back, when anything is asked of the page; what was said
+stays."""
 LONGEST_FAULT = 2000
 """Of why a student does not answer, as much as is shown."""
+LONGEST_TEXT = 20_000
+"""Characters of a message."""
 MOST_STUDENTS = 2
 """Students in memory at once."""
 
@@ -22,14 +26,14 @@ MOST_STUDENTS = 2
 class Chat:
     """A conversation with one student."""
 
-    def __init__(self, root: Path, target: str) -> None:
+    def __init__(self, root: Path, target: Path) -> None:
         self.said: list[dict[str, str]] = []
         """Messages so far."""
         self.fault = ""
         """Why the last message has no answer."""
         self.used = time.monotonic()
+        """When it was spoken to last."""
         self._root, self._target = root, target
-        self._complaints = root / target / "chat.txt"
         self._turn = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
@@ -39,54 +43,47 @@ class Chat:
             self.used, self.fault = time.monotonic(), ""
             messages = [*self.said, {"role": "user", "content": text}]
             found = self._answer(messages)
+            self.used = time.monotonic()
             if "answer" in found:
                 self.said = [*messages, {"role": "assistant", "content": found["answer"]}]
             else:
                 self.fault = found["error"]
-            self.used = time.monotonic()
 
     def close(self) -> None:
-        """End the process; a message begins another."""
-        with self._turn:
-            self._end()
+        """End the process, also while it answers: whoever waits is told that it ended."""
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.wait()
 
     @property
     def is_open(self) -> bool:
         """Whether its process holds a student."""
-        return self._process is not None
+        return self._process is not None and self._process.poll() is None
 
     def _answer(self, messages: list[dict[str, str]]) -> dict[str, str]:
-        process = self._begun()
-        try:
+        if len(messages[-1]["content"]) > LONGEST_TEXT:
+            return {"error": f"the message has more than {LONGEST_TEXT:,} characters"}
+        process = self._process if self.is_open else self._begun()
+        line = ""
+        with contextlib.suppress(OSError):  # it has ended
             process.stdin.write(json.dumps({"messages": messages}) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
-        except OSError:  # it has ended
-            line = ""
         if line:
             return json.loads(line)
-        self._end()
-        said = self._complaints.read_text(encoding="utf-8", errors="replace")
-        return {"error": said[-LONGEST_FAULT:] or "the student's process ended without a word"}
+        self.close()
+        complaints = (self._target / COMPLAINTS).read_text(encoding="utf-8", errors="replace")
+        return {"error": complaints[-LONGEST_FAULT:] or "the student's process ended without a word"}
 
     def _begun(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            self._end()
-            with self._complaints.open("wb") as complaints:
-                self._process = subprocess.Popen(
-                    [*PROGRAM, "chat", self._target, "--json"], cwd=self._root, stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=complaints, text=True, encoding="utf-8",
-                )
+        with (self._target / COMPLAINTS).open("wb") as complaints:
+            self._process = subprocess.Popen(
+                [*PROGRAM, "chat", str(self._target), "--json"], cwd=self._root, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=complaints, text=True, encoding="utf-8",
+                start_new_session=True,  # ctrl-C is for the page, which ends it
+            )
         return self._process
-
-    def _end(self) -> None:
-        if self._process is not None:
-            for pipe in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()
-            self._process.terminate()
-            self._process.wait()
-            self._process = None
 
 
 class Chats:
@@ -96,21 +93,27 @@ class Chats:
         self._root = root
         self._every: dict[str, Chat] = {}
 
-    def of(self, name: str) -> Chat:
+    def of(self, name: str, directory: Path) -> Chat:
         """The conversation with a run's student; begins with nothing said."""
-        return self._every.setdefault(name, Chat(self._root, str(Path("runs") / name)))
+        return self._every.setdefault(name, Chat(self._root, directory))
+
+    def rest(self) -> None:
+        """End the processes of students that were not spoken to for long."""
+        for one in list(self._every.values()):
+            if one.is_open and time.monotonic() - one.used > IDLE_SECONDS:
+                one.close()
 
     def make_room(self, name: str) -> None:
-        """End students that were not spoken to for long, and others where one more would be too many."""
-        others = sorted((one for key, one in self._every.items() if key != name and one.is_open), key=_since)
-        for place, one in enumerate(others):
-            if _since(one) > IDLE_SECONDS or place + 1 >= MOST_STUDENTS:
-                one.close()
+        """End the processes of those that were spoken to longest ago, where one more would be too many."""
+        others = sorted((one for key, one in self._every.items() if key != name and one.is_open), key=_used)
+        for one in others[: max(0, len(others) + 1 - MOST_STUDENTS)]:
+            one.close()
 
     def forget(self, name: str) -> None:
         """End a conversation."""
-        if name in self._every:
-            self._every.pop(name).close()
+        found = self._every.pop(name, None)
+        if found is not None:
+            found.close()
 
     def close(self) -> None:
         """End all of them."""
@@ -118,6 +121,5 @@ class Chats:
             self.forget(name)
 
 
-def _since(chat: Chat) -> float:
-    """Seconds since it was spoken to last."""
-    return time.monotonic() - chat.used
+def _used(chat: Chat) -> float:
+    return chat.used

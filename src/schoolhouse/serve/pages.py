@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from urllib.parse import quote
@@ -12,9 +13,23 @@ from schoolhouse.errors import ConfigError
 from schoolhouse.report import page as reports
 from schoolhouse.report import plots, result, words
 from schoolhouse.report.plots import Series
-from schoolhouse.report.read import Run, read
+from schoolhouse.report.read import Run
 from schoolhouse.serve import workspace as spaces
+from schoolhouse.serve.buttons import Status
 from schoolhouse.serve.chats import Chat
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known of a run when a page is made of it."""
+
+    status: Status
+    version: str
+    """Another text whenever something of it has changed."""
+    run: Run | None
+    """Its records; None where it has not begun to write, or they cannot be read."""
+    unread: str = ""
+    """Why they cannot be read."""
 
 
 def layout(body: Child, title: str) -> str:
@@ -42,16 +57,16 @@ def fault(error: object) -> Html:
 # ---- the first page --------------------------------------------------------------------------------------------
 
 
-def index(recipes: Mapping[str, str], runs: Mapping[str, Path], busy: Sequence[str], given: Mapping[str, str],
+def index(recipes: Mapping[str, str], runs: Mapping[str, Seen], given: Mapping[str, str],
           error: ConfigError | None = None) -> str:  # fmt: skip
     """What can be started, and what there is. `recipes` are described by path; `given` is what the form held, where
     it was refused."""
-    begun = [name for name, path in runs.items() if _begun(path)]
+    begun = [name for name, one in runs.items() if one.run is not None]
     body = join([
         tag("header", tag("p", tag("span", "schoolhouse"), class_="eyebrow"), tag("h1", "Training building")),
         None if error is None else fault(error),
         tag("section", tag("h2", "Start"), _start(recipes, given)),
-        tag("section", tag("h2", "Runs"), _runs(runs, busy), _choose_two(begun) if len(begun) > 1 else None),
+        tag("section", tag("h2", "Runs"), _runs(runs), _choose_two(begun) if len(begun) > 1 else None),
     ])
     return layout(body, "Training building")
 
@@ -78,43 +93,37 @@ def _labelled(text: str, field: Html) -> Html:
 
 
 def _field(name: str, value: str, **more: str) -> Html:
-    return Html(tag("input", name=name, value=value, autocomplete="off", **more).removesuffix("</input>"))
+    return tag("input", name=name, value=value, autocomplete="off", **more)
 
 
 def _number(value: str) -> Html:
     return _field("processes", value, type="number", min="1", max="64")
 
 
-def _runs(runs: Mapping[str, Path], busy: Sequence[str]) -> Html:
+def _runs(runs: Mapping[str, Seen]) -> Html:
     if not runs:
         return tag("p", "None yet.", class_="note")
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in ("run", "status", "outcome"))))
-    rows = [_row(name, path, name in busy) for name, path in runs.items()]
+    rows = [tag("tr", tag("td", tag("a", name, href=url(name))), tag("td", _status(one)), tag("td", _outcome(one)))
+            for name, one in runs.items()]
     return tag("div", tag("table", head, tag("tbody", *rows)), class_="scroll")
 
 
-def _row(name: str, path: Path, busy: bool) -> Html:
-    run = _read(path)
-    status, outcome = _status(run, busy), "" if run is None else result.verdict(run)
-    return tag("tr", tag("td", tag("a", name, href=url(name))), tag("td", status), tag("td", outcome))
+def _outcome(seen: Seen) -> str:
+    return seen.unread or ("" if seen.run is None else result.verdict(seen.run))
 
 
-def _read(path: Path) -> Run | None:
-    """None for a run that has not begun to write."""
-    return read(path) if _begun(path) else None
-
-
-def _begun(path: Path) -> bool:
-    return (path / "run.json").is_file()
-
-
-def _status(run: Run | None, busy: bool) -> str:
+def _status(seen: Seen) -> str:
     """What is recorded, put right where no process is there any more."""
-    if run is None:
-        return "… starting" if busy else "✗ did not start"
-    if busy:
+    if seen.status == "stopping":
+        return "‖ stopping after this step"
+    if seen.run is None:
+        if seen.unread:
+            return "✗ cannot be read"
+        return "… starting" if seen.status == "under way" else "✗ did not start"
+    if seen.status == "under way":
         return result.STATUS["running"]
-    return "✗ killed" if run.status == "running" else result.STATUS.get(run.status, run.status)
+    return "✗ killed" if seen.run.status == "running" else result.STATUS.get(seen.run.status, seen.run.status)
 
 
 def _choose_two(names: Sequence[str]) -> Html:
@@ -129,42 +138,46 @@ def _choose_two(names: Sequence[str]) -> Html:
 # ---- a run -----------------------------------------------------------------------------------------------------
 
 
-def run(name: str, path: Path, busy: bool, error: ConfigError | None = None) -> str:
+def run(name: str, path: Path, seen: Seen, error: ConfigError | None = None) -> str:
     """A run's page: its buttons, what it has printed, and its report; all in `live`, which a script renews."""
-    found, printed = _read(path), spaces.console(path)
+    found, printed = seen.run, spaces.console(path)
+    shown = found is None or seen.status == "failed"
     live = join([
-        _buttons(name, path, found, busy),
+        _buttons(name, path, seen),
         None if error is None else fault(error),
-        tag("p", f"{name}: {_status(found, busy)}", class_="verdict", role="status"),
+        tag("p", f"{name}: {_status(seen)}", class_="verdict", role="status"),
+        fault(seen.unread) if seen.unread else None,
+        tag("p", "The last command ended with an error, which stands at the end of what it printed.", class_="note")
+        if seen.status == "failed" else None,
         tag("details", tag("summary", "Printed"), tag("pre", printed, class_="console"), class_="answers",
-            open="" if found is None else None) if printed else None,
+            open="" if shown else None) if printed else None,
         None if found is None else reports.body(found),
-    ])
-    changes = url(name, f"changes?since={spaces.version(path)}")
-    return layout(tag("div", live, id="live", data_changes=changes), name)
+    ])  # fmt: skip
+    changes = url(name, f"changes?since={quote(seen.version, safe='')}")
+    return layout(tag("div", live, id="live", data_changes=changes, data_page=url(name)), name)
 
 
-def _buttons(name: str, path: Path, found: Run | None, busy: bool) -> Html:
+def _buttons(name: str, path: Path, seen: Seen) -> Html:
     parts: list[Html] = [tag("a", "← all runs", href="/")]
-    if busy:
+    if seen.status == "under way":
         parts.append(_button("Stop", url(name, "stop")))
-    elif (path / "resolved.yaml").is_file() and found is not None and found.status != "done":
+    elif seen.status != "stopping" and (path / "resolved.yaml").is_file() and seen.run and seen.run.status != "done":
         parts.append(_button("Resume", url(name, "resume"), _labelled("processes", _number("1"))))
     if any((path / "checkpoints").glob("step-*")):
         parts.append(tag("a", "Chat", href=url(name, "chat")))
     return tag("nav", *parts, class_="buttons", aria_label="This run")
 
 
-def _button(text: str, action: str, *fields: Html) -> Html:
-    return tag("form", *fields, tag("button", text, type="submit"), method="post", action=action, class_="row")
+def _button(text: str, action: str, *fields: Html, look: str | None = None) -> Html:
+    press = tag("button", text, type="submit", class_=look)
+    return tag("form", *fields, press, method="post", action=action, class_="row")
 
 
 # ---- two runs --------------------------------------------------------------------------------------------------
 
 
-def compare(names: tuple[str, str], paths: tuple[Path, Path]) -> str:
+def compare(names: tuple[str, str], first: Run, second: Run) -> str:
     """The curves of two runs in one figure each, and their last answers side by side."""
-    first, second = (read(path) for path in paths)
     heads = [tag("div", tag("h3", tag("a", name, href=url(name))), tag("p", result.verdict(one), class_="note"),
                  result.figures(one)) for name, one in zip(names, (first, second), strict=True)]  # fmt: skip
     body = join([
@@ -206,10 +219,11 @@ def chat(name: str, talk: Chat) -> str:
         "form", tag("textarea", name="text", rows="3", required="", aria_label="Your message"),
         tag("button", "Send", type="submit"), method="post", action=url(name, "chat"), class_="start",
     )  # fmt: skip
+    anew = _button("Begin anew", url(name, "forget"), look="quiet")
     body = join([
-        tag("nav", tag("a", f"← {name}", href=url(name)), _button("Begin anew", url(name, "forget")), class_="buttons"),
+        tag("nav", tag("a", f"← {name}", href=url(name)), anew, class_="buttons"),
         tag("header", tag("h1", f"Talking to {name}")), *said, fault(talk.fault) if talk.fault else None, form,
-        tag("p", f"The best checkpoint answers. The first answer takes as long as the model takes to load; "
-                 f"{words.plural(len(said), 'message')} so far.", class_="note"),
+        tag("p", "The best checkpoint answers, as it was when this conversation began. The first answer takes as long "
+                 f"as the model takes to load; {words.plural(len(said), 'message')} so far.", class_="note"),
     ])
     return layout(body, f"Talking to {name}")
