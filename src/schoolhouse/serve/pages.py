@@ -202,10 +202,17 @@ def _both(names: tuple[str, str], first: Run, second: Run) -> Html:
     exam = series(lambda run: [(one.step, one.score) for one in run.exams])
     speed = series(lambda run: result.course(run, attrgetter("tokens_per_second")))
     drawn = [
-        result.figure("Loss", loss, frame), result.figure("Exam", exam, frame, plots.percent, (0, 1)),
-        result.figure("Tokens a second", speed, frame),
+        result.figure(_of_whom("Loss", loss), loss, frame),
+        result.figure(_of_whom("Exam", exam), exam, frame, plots.percent, (0, 1)),
+        result.figure(_of_whom("Tokens a second", speed), speed, frame),
     ]
     return tag("div", *drawn, class_="plots")
+
+
+def _of_whom(title: str, series: Sequence[Series]) -> str:
+    """What one of two runs alone has is its own; a figure of both has a key."""
+    having = [one.name for one in series if one.points]
+    return f"{title} of {having[0]}" if len(having) == 1 else title
 
 
 # ---- talking ---------------------------------------------------------------------------------------------------
