@@ -39,7 +39,7 @@ class StopRequest:
         try:
             yield
         finally:
-            self._deferring = self.heard = False
+            self._deferring, self.heard = False, self.asked  # what it was asked for is what ends it
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

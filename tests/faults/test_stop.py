@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 from test_run import LESSON, Started, check_same, finished_run, last_step, program, started, write_recipe
 
-from schoolhouse import checkpoint
+from schoolhouse import checkpoint, stopping
 from schoolhouse.errors import Stopped
+from schoolhouse.parallel import launch, watch
 
 STOPPED, INTERRUPTED = 75, 130
 
@@ -96,6 +98,23 @@ def test_f10_stopped_while_the_program_loads(tmp_path: Path) -> None:
         assert process.ended() == STOPPED
 
 
+def test_f10_a_stop_that_was_seen_has_its_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The launcher of several ends who did not hear of a stop, but nobody who writes his report because of it."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(launch, "stop_asked", lambda: True)
+    monkeypatch.setattr(watch, "LOST_SECONDS", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended"))
+    stop = stopping.StopRequest()
+    watcher = watch._Stop(stop)
+    with contextlib.suppress(Stopped), stop.deferred():
+        stop._handle(signal.SIGTERM, None)
+        watcher.look()
+        raise Stopped("after its step")
+    for _ in range(3):
+        watcher.look()
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("seconds", [2.5, 4.0, 5.5])
 def test_f10_several_stopped_while_they_begin(seconds: float, tmp_path: Path) -> None:
     """Whenever it comes, it is a stop for all: one that has left breaks what the other does, or is waited for in a
@@ -135,6 +154,7 @@ def test_f10_a_request_during_an_import_is_not_lost(tmp_path: Path) -> None:
     program = """
 import time
 from schoolhouse.errors import Stopped
+from schoolhouse.parallel import launch, watch
 from schoolhouse.stopping import StopRequest
 stop = StopRequest()
 import swallowing
