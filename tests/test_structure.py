@@ -24,9 +24,9 @@ HEAVY = ("torch", "transformers")
 
 LAYERS = (
     ("errors", "types", "config", "recipe", "inert", "places", "enlarge", "orphans", "peers", "shares",
-     "starter"),
+     "stopping", "starter"),
     ("data", "parallel"),
-    ("loss", "model", "optim", "graders", "memory", "stopping"),
+    ("loss", "model", "optim", "graders", "memory"),
     ("checkpoint", "saving", "evaluate", "record", "room", "estimate", "screen", "overview", "export", "proof",
      "report"),
     ("run", "fitting", "trained", "rehearsal", "talk", "train", "replay", "jobs", "selfcheck",

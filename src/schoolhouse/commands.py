@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -88,40 +89,46 @@ def _rehearse(options: Namespace) -> None:
 
 
 def _run_to_its_end(options: Namespace) -> None:
-    """`run`, also where it starts processes of its own and would end this one with theirs."""
+    """`run`, also where it starts processes of its own and would end this one with theirs; what it does about signals
+    ends with it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         run(options)
     except SystemExit as ended:
         if ended.code:
             raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _train(recipe: Recipe, options: Namespace, stop: StopRequest, mesh: Mesh) -> None:
     from schoolhouse import run as runs
-    from schoolhouse import track
+    from schoolhouse import track as tracks
     from schoolhouse.report import page
     from schoolhouse.screen import Screen
     from schoolhouse.train import train
 
     screen = Screen.of(mesh.is_first)
     back = runs.Return(options.allow_change, options.strict_resume)
-    track.require(recipe.track)
+    tracks.require(recipe.track)
     running = runs.begin(recipe, Path(options.recipe), screen, mesh, back)
-    tracking = track.begin(recipe.track, running.record.directory) if mesh.is_first else None
+    tracker = tracks.Follower(recipe.track if mesh.is_first else None, running.record.directory)
     status = "failed"
     try:
+        screen.note(tracker.begin())
         train(running, stop)
         status = "done"
     except Stopped:
         status = "stopped"
         raise
     finally:
+        stop.heard = True  # a second request does not cut the end short
         if mesh.is_first and running.record.directory.is_dir():  # gone: the error on its way says so
             with contextlib.suppress(*([] if status == "done" else [OSError, SchoolhouseError])):
                 running.finish(status)
                 page.write(running.record.directory)
-        if fault := track.end(tracking):
-            screen.say(fault)
+        screen.note(tracker.end())
     screen.say(f"done: {running.steps} steps; report: {running.record.directory / 'report.html'}")
 
 
@@ -311,9 +318,9 @@ def new(options: Namespace) -> None:
 
 def track(options: Namespace) -> None:
     """Pass a run's records on to a tracker, until it ends."""
-    from schoolhouse import track as tracking
+    from schoolhouse import track as tracks
 
-    sent = tracking.track(Path(options.target), Track(to=options.to, project=options.project))
+    sent = tracks.track(Path(options.target), Track(to=options.to, project=options.project))
     print(f"{sent:,} records passed on to {options.to}")
 
 

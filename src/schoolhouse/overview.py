@@ -24,7 +24,7 @@ from schoolhouse.data import plan as plans
 from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
-from schoolhouse.model import families, load, lora, shared_prefixes, teaching
+from schoolhouse.model import families, fourbit, load, lora, shared_prefixes, teaching
 from schoolhouse.screen import Screen
 from schoolhouse.types import Conversation, EncodedRow, Example
 
@@ -130,6 +130,8 @@ def _in_force(recipe: Recipe, model: Served) -> dict[str, str]:
 def _taught_parts(recipe: Recipe, skeleton: PreTrainedModel) -> dict[str, str]:
     """What of a model is trained, and how, by names and shapes; raises ConfigError where a setting names what it does
     not have."""
+    if recipe.lora is not None and recipe.lora.base == "nf4":
+        fourbit.refuse(skeleton)
     if recipe.model.new_tokens:
         lora.refuse_frozen_words(skeleton)
     objective = teaching.teaching(recipe.train, skeleton).describe()

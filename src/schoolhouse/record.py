@@ -120,11 +120,15 @@ def _launcher(number: int) -> int:
     return int(named[0]) if named and named[0].isdigit() else number
 
 
+def is_running(directory: Path) -> bool:
+    """Whether the last that a run said of itself is that it goes on."""
+    path = directory / "run.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "running"
+
+
 def under_way(directory: Path) -> bool:
     """Whether a run goes on in this directory, on this machine."""
-    path = directory / "run.json"
-    status = json.loads(path.read_text(encoding="utf-8"))["status"] if path.is_file() else None
-    return status == "running" and holder(directory) is not None
+    return is_running(directory) and holder(directory) is not None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,11 @@ class Screen:
         """One line, as it stands."""
         self.console.print(text, markup=False)
 
+    def note(self, text: str) -> None:
+        """One line, if there is anything to say."""
+        if text:
+            self.say(text)
+
     def table(self, title: str, rows: Sequence[tuple[str, Any]]) -> None:
         """Two columns: what, and its value."""
         table = Table("", "", title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))

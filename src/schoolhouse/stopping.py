@@ -48,7 +48,7 @@ class StopRequest:
         if number == signal.SIGINT:
             self._last = now
         self.asked = True
-        if self._deferring:
+        if self._deferring or self.heard:  # what leaves is not cut short by another word
             return
         if _importing(frame):
             again = threading.Timer(SOON, self._again)

@@ -55,14 +55,14 @@ def answer_lines(student: Student, served: Served) -> None:
             found = {"answer": reply(student, served, asked.messages, tools=asked.tools)}
         except (DataError, SafetyError) as error:
             found = {"error": str(error)}
-        print(json.dumps(found, ensure_ascii=False), flush=True)
+        print(json.dumps(found), flush=True)
 
 
 def _conversation(line: str, origin: Origin) -> Conversation:
     """What is asked, before its answer; images are read from below the working directory alone."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         raise DataError(f"{origin} is no object", required='{"messages": [...]}', where=str(origin), remedy="mend it")

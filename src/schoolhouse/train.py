@@ -32,7 +32,7 @@ from schoolhouse.model.teaching import Drawn
 from schoolhouse.parallel import fsdp, watch
 from schoolhouse.parallel.mesh import Mesh
 from schoolhouse.run import Run
-from schoolhouse.stopping import StopRequest
+from schoolhouse.stopping import EARLY, StopRequest
 from schoolhouse.types import PlannedStep, Step
 
 NAMED_ROWS = 8
@@ -52,6 +52,8 @@ def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
     """The loop."""
     ticks = time.perf_counter()
     with stop.deferred(), run.screen.steps(run.steps, run.done) as progress:
+        if mesh.any(stop.asked):  # from here on all wait for one another's word: nobody may have left before
+            raise Stopped(EARLY)
         for step in loader.steps(
             run.store, run.plan, run.done + 1, run.steps, run.student.device,
             rank=mesh.data_rank, ranks=mesh.data_ranks, sight=run.served.sight, share=mesh.seat,

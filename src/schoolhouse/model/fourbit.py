@@ -26,21 +26,26 @@ BYTES = 1 / 2 + 1 / BLOCK + 4 / (BLOCK * SCALES)
 def narrow(model: PreTrainedModel, place: torch.device) -> int:
     """Put the frozen matrices beside the adapters into 4 bits, one at a time on `place`; how many. Raises ConfigError
     where torchao is missing or a matrix cannot be cut into blocks."""
+    refuse(model)
+    beside = [one for one in lora.adapted(model) if not one.embedding]
+    for one in beside:
+        layer = model.get_submodule(one.module).get_base_layer()
+        layer.weight = nn.Parameter(_four_bits(layer.weight.detach().to(place), one.tensor), requires_grad=False)
+    return len(beside)
+
+
+def refuse(model: PreTrainedModel) -> None:
+    """Raise ConfigError where torchao is missing, or has no 4-bit format for what the adapters stand beside."""
     if find_spec("torchao") is None:
         raise ConfigError(
             "lora.base=nf4, and torchao is not installed", required="the extra `schoolhouse[qlora]`",
             where="lora.base", remedy="pip install 'schoolhouse[qlora]', or leave lora.base out",
         )
-    beside = [one for one in lora.adapted(model) if not one.embedding]
     if any(one.ndim == 3 and ".experts." in name for name, one in model.named_parameters()):
         raise ConfigError(
             "lora.base=nf4 for a mixture whose experts are stacked", where="lora.base",
             required="linear layers: torchao's 4-bit format has no stacks of matrices", remedy="leave lora.base out",
         )
-    for one in beside:
-        layer = model.get_submodule(one.module).get_base_layer()
-        layer.weight = nn.Parameter(_four_bits(layer.weight.detach().to(place), one.tensor), requires_grad=False)
-    return len(beside)
 
 
 def rounded(weight: Tensor) -> Tensor:

@@ -247,11 +247,11 @@ def load(
 
 
 @contextlib.contextmanager
-def _refused(directory: Path) -> Iterator[None]:
-    """Inside, what transformers cannot load is a ModelError."""
+def _refused(directory: Path, *more: type[Exception]) -> Iterator[None]:
+    """Inside, what transformers cannot load is a ModelError; also where it says so by `more`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, *inert.faults()) as error:
+    except (OSError, ValueError, KeyError, *more, *inert.faults()) as error:
         inert.refuse_code(error, directory)
         raise ModelError(
             f"the model does not load: {' '.join(str(error).split())[:200]}",
@@ -279,7 +279,7 @@ def plain(directory: Path) -> PreTrainedModel:
 def skeleton(directory: Path, adapters: Lora | None, frozen: tuple[str, ...] = ()) -> PreTrainedModel:
     """The model of a directory without its weights: names and shapes only, on the device `meta`."""
     with torch.device("meta"):
-        with _refused(directory):
+        with _refused(directory, ImportError, AttributeError, TypeError):  # by a configuration with holes
             configuration = AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=inert.allowed())
             model = sight.loader(directory).from_config(configuration, trust_remote_code=inert.allowed())

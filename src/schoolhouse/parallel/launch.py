@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from schoolhouse import orphans
 from schoolhouse.errors import PeerError, Stopped
+from schoolhouse.stopping import INTERRUPTED
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -39,8 +40,6 @@ SHUTDOWN_SECONDS = 4
 """How long workers may take to end after one failed, before they are killed."""
 GRACE_SECONDS = 3.0
 """How long a worker that lost a peer waits before it ends, so that the peer's own failure is seen first."""
-INTERRUPTED = 130
-"""Exit code of workers that a second ctrl-C ended."""
 CONSEQUENCES = (-signal.SIGTERM, PeerError.exit_code)
 """Exit codes of workers that ended because another had failed."""
 
@@ -81,7 +80,7 @@ def _forward_signals(office: Path) -> None:
     def forward(number: int, _: object) -> None:
         (office / STOP).touch()
         for path in office.glob("worker-*"):
-            with contextlib.suppress(ProcessLookupError, ValueError):  # it has died, or writes its number only now
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):  # it has died, departs, begins
                 os.kill(int(path.read_text(encoding="utf-8")), number)
 
     signal.signal(signal.SIGTERM, forward)

@@ -1,4 +1,5 @@
-"""A hang is found: where no step ends for too long, every process writes its stacks and the run ends with code 7."""
+"""What several processes cannot see from within: a hang, of which all write their stacks; a peer that was lost; a stop
+that somebody did not hear of, since he waits for another."""
 
 from __future__ import annotations
 

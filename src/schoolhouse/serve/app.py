@@ -36,8 +36,6 @@ from schoolhouse.serve.workspace import Workspace
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 1_000_000
 """Of what a form may send."""
-MOST_RUNS = 64
-"""Runs whose records are kept, until they change."""
 SECONDS = 1.0
 """Between two looks at a run's files."""
 
@@ -53,6 +51,7 @@ class Page:
     def __init__(self, root: Path) -> None:
         self._workspace = Workspace(root)
         self._buttons, self._chats = Buttons(self._workspace), Chats(root)
+        self._read: dict[Path, Seen] = {}
 
     def app(self, token: str) -> Starlette:
         """The application, behind its guard."""
@@ -98,10 +97,12 @@ class Page:
         return spaces.version(path, self._buttons.status(name))
 
     def _seen(self, name: str, path: Path) -> Seen:
-        """A run as it is now."""
-        version = self._version(name, path)
-        run, unread = _read(path, version)
-        return Seen(self._buttons.status(name), version, run, unread)
+        """A run as it is now; its records are read again when they have changed."""
+        status, version = self._buttons.status(name), self._version(name, path)
+        known = self._read.get(path)
+        if known is None or known.version != version:
+            known = self._read[path] = Seen(status, version, *_read(path))
+        return known
 
     def _index(self, request: Request, given: Given, error: ConfigError | None = None) -> Response:
         runs = {name: self._seen(name, path) for name, path in self._workspace.runs().items()}
@@ -190,9 +191,8 @@ async def _body(request: Request) -> bytes:
     return sent
 
 
-@functools.lru_cache(maxsize=MOST_RUNS)
-def _read(path: Path, version: str) -> tuple[Run | None, str]:
-    """A run's records at this version, or why they cannot be read."""
+def _read(path: Path) -> tuple[Run | None, str]:
+    """A run's records, or why they cannot be read."""
     if not (path / "run.json").is_file():
         return None, ""
     try:

@@ -76,7 +76,9 @@ class Buttons:
         if number is not None:
             return "stopping" if self._stopping.get(name) == number else "under way"
         begun = self._started.get(name)
-        return "failed" if begun is not None and begun.returncode not in (0, Stopped.exit_code) else ""
+        if begun is None or (begun.returncode == -signal.SIGTERM and self._stopping.get(name) == begun.pid):
+            return ""  # it was stopped before it could say so
+        return "failed" if begun.returncode not in (0, Stopped.exit_code) else ""
 
     def _number(self, name: str) -> int | None:
         """The process that starts or trains it."""

@@ -35,6 +35,7 @@ class Chat:
         """When it was spoken to last."""
         self._root, self._target = root, target
         self._turn = threading.Lock()
+        self._over = False
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, text: str) -> None:
@@ -48,6 +49,16 @@ class Chat:
                 self.said = [*messages, {"role": "assistant", "content": found["answer"]}]
             else:
                 self.fault = found["error"]
+
+    @property
+    def rests(self) -> bool:
+        """Whether its process holds a student that nobody waits for."""
+        return self.is_open and not self._turn.locked()
+
+    def end(self) -> None:
+        """Close it, and answer no more."""
+        self._over = True
+        self.close()
 
     def close(self) -> None:
         """End the process, also while it answers: whoever waits is told that it ended."""
@@ -64,17 +75,21 @@ class Chat:
     def _answer(self, messages: list[dict[str, str]]) -> dict[str, str]:
         if len(messages[-1]["content"]) > LONGEST_TEXT:
             return {"error": f"the message has more than {LONGEST_TEXT:,} characters"}
-        process = self._process if self.is_open else self._begun()
+        if self._over:
+            return {"error": "this conversation was ended"}
         line = ""
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # it has ended, or cannot begin
+            process = self._process if self.is_open else self._begun()
             process.stdin.write(json.dumps({"messages": messages}) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         if line:
             return json.loads(line)
         self.close()
-        complaints = (self._target / COMPLAINTS).read_text(encoding="utf-8", errors="replace")
-        return {"error": complaints[-LONGEST_FAULT:] or "the student's process ended without a word"}
+        path, said = self._target / COMPLAINTS, ""
+        with contextlib.suppress(OSError):
+            said = path.read_text(encoding="utf-8", errors="replace")
+        return {"error": said[-LONGEST_FAULT:] or "the student's process ended without a word, or could not begin"}
 
     def _begun(self) -> subprocess.Popen[str]:
         with (self._target / COMPLAINTS).open("wb") as complaints:
@@ -100,12 +115,12 @@ class Chats:
     def rest(self) -> None:
         """End the processes of students that were not spoken to for long."""
         for one in list(self._every.values()):
-            if one.is_open and time.monotonic() - one.used > IDLE_SECONDS:
+            if one.rests and time.monotonic() - one.used > IDLE_SECONDS:
                 one.close()
 
     def make_room(self, name: str) -> None:
         """End the processes of those that were spoken to longest ago, where one more would be too many."""
-        others = sorted((one for key, one in self._every.items() if key != name and one.is_open), key=_used)
+        others = sorted((one for key, one in self._every.items() if key != name and one.rests), key=_used)
         for one in others[: max(0, len(others) + 1 - MOST_STUDENTS)]:
             one.close()
 
@@ -113,7 +128,7 @@ class Chats:
         """End a conversation."""
         found = self._every.pop(name, None)
         if found is not None:
-            found.close()
+            found.end()
 
     def close(self) -> None:
         """End all of them."""

@@ -5,6 +5,7 @@ const live = document.getElementById("live");
 let listener = null;
 let busy = false;
 let again = false;
+let pause = 0;
 
 // Folds by their place, since their titles count.
 function folds(root) {
@@ -20,6 +21,7 @@ async function renew() {
   if (busy || document.hidden) return;
   busy = true;
   const began = performance.now();
+  pause = 0;
   try {
     const answer = await fetch(live.dataset.page);
     if (!answer.ok) throw new Error(answer.statusText);
@@ -32,12 +34,14 @@ async function renew() {
     live.dataset.changes = fresh.dataset.changes;
   } catch {
     lost();
+    again = true;
+    pause = 5000;
   }
   // A large run takes the server a while to show: three quarters of the time is left to training.
   setTimeout(() => {
     busy = false;
     if (again) renew();
-  }, 3 * (performance.now() - began));
+  }, pause + 3 * (performance.now() - began));
 }
 
 function lost() {
