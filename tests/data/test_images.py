@@ -227,6 +227,6 @@ def test_a_thousand_rows_of_which_one_in_a_hundred_is_bad(tmp_path: Path) -> Non
     cli.main(["run", str(recipe)])
     ledger = json.loads((tmp_path / "run" / "data.json").read_text(encoding="utf-8"))["train"]
     assert (ledger["rows"], ledger["kept"]) == (1000, 990) and ledger["dropped"] == {"bad: unreadable": 10}
-    place = places.cache_directory() / "stores" / ledger["fingerprint"][:32]
-    named = [json.loads(line)["row"] for line in (place / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (tmp_path / "run" / "bad.jsonl").read_text(encoding="utf-8").splitlines()
+    named = [json.loads(line)["row"] for line in lines]
     assert named == bad
