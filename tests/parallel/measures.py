@@ -124,8 +124,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "formats 1x2x1": lambda: formats((1, 2, 1)),
     "traffic 1x1x4": lambda: traffic((1, 1, 4), 64),
     "kept 2x1x1": lambda: kept((2, 1, 1), 2048), "kept 1x1x2": lambda: kept((1, 1, 2), 2048),
-    "fits 4x1x1 one": lambda: fits((4, 1, 1), 2000, 120), "fits 4x1x1 four": lambda: fits((4, 1, 1), 8000, 120),
-    "fits 1x1x4 four": lambda: fits((1, 1, 4), 8000, 120),
+    "fits 4x1x1 one": lambda: fits((4, 1, 1), 2000, 64), "fits 4x1x1 four": lambda: fits((4, 1, 1), 8000, 64),
+    "fits 1x1x4 four": lambda: fits((1, 1, 4), 8000, 64),
 }
 
 if __name__ == "__main__":
