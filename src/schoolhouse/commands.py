@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +39,8 @@ def run(options: Namespace) -> None:
             _train(recipe, options, stop, mesh)
     finally:
         stop.heard = True
+        if not launch.is_worker(os.environ):  # of several, one that ends is not to die of a late word
+            stop.over()
 
 
 @contextlib.contextmanager
@@ -89,17 +90,12 @@ def _rehearse(options: Namespace) -> None:
 
 
 def _run_to_its_end(options: Namespace) -> None:
-    """`run`, also where it starts processes of its own and would end this one with theirs; what it does about signals
-    ends with it."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """`run`, also where it starts processes of its own and would end this one with theirs."""
     try:
         run(options)
     except SystemExit as ended:
         if ended.code:
             raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _train(recipe: Recipe, options: Namespace, stop: StopRequest, mesh: Mesh) -> None:

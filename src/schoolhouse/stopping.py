@@ -29,8 +29,13 @@ class StopRequest:
         """Whether the program was told: it leaves, or will after its step."""
         self._deferring = False
         self._last = -IMPATIENT_SECONDS
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def over(self) -> None:
+        """The program goes on without the run: signals do what they did before it."""
+        self.heard = True
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
