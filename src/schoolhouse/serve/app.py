@@ -39,7 +39,6 @@ MOST_BYTES = 1_000_000
 SECONDS = 1.0
 """Between two looks at a run's files."""
 
-
 Given = Mapping[str, str]
 """What a form sent."""
 Handler = Callable[[Request, Given], Response]
@@ -51,7 +50,7 @@ class Page:
     def __init__(self, root: Path) -> None:
         self._workspace = Workspace(root)
         self._buttons, self._chats = Buttons(self._workspace), Chats(root)
-        self._read: dict[Path, Seen] = {}
+        self._known: dict[Path, Seen] = {}
 
     def app(self, token: str) -> Starlette:
         """The application, behind its guard."""
@@ -98,10 +97,10 @@ class Page:
 
     def _seen(self, name: str, path: Path) -> Seen:
         """A run as it is now; its records are read again when they have changed."""
-        status, version = self._buttons.status(name), self._version(name, path)
-        known = self._read.get(path)
+        status = self._buttons.status(name)
+        version, known = spaces.version(path, status), self._known.get(path)
         if known is None or known.version != version:
-            known = self._read[path] = Seen(status, version, *_read(path))
+            known = self._known[path] = Seen(status, version, *_read(path))
         return known
 
     def _index(self, request: Request, given: Given, error: ConfigError | None = None) -> Response:
