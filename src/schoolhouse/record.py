@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from schoolhouse.errors import CheckpointError, ConfigError
+from schoolhouse.parallel.launch import LAUNCHER
 
 METRICS, SAMPLES, EVENTS, EXAMPLES = "metrics.jsonl", "samples.jsonl", "events.jsonl", "examples.jsonl"
 LOCK, ACTIVE = ".lock", ".active"
@@ -116,7 +117,7 @@ def _holds_lock(number: int, directory: Path) -> bool:
 def _launcher(number: int) -> int:
     """What started a process among several, and passes a signal on to all of them; alone it is its own."""
     environment = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
-    named = [one.partition(b"=")[2] for one in environment if one.startswith(b"SCHOOLHOUSE_LAUNCHER=")]
+    named = [one.partition(b"=")[2] for one in environment if one.startswith(f"{LAUNCHER}=".encode())]
     return int(named[0]) if named and named[0].isdigit() else number
 
 

@@ -15,7 +15,7 @@ from schoolhouse.report import plots, result, words
 from schoolhouse.report.plots import Series
 from schoolhouse.report.read import Run
 from schoolhouse.serve import workspace as spaces
-from schoolhouse.serve.buttons import Status
+from schoolhouse.serve.buttons import LONGEST_NAME, MOST_PROCESSES, Status
 from schoolhouse.serve.chats import Chat
 
 
@@ -81,7 +81,7 @@ def _start(recipes: Mapping[str, str], given: Mapping[str, str]) -> Html:
     return tag(
         "form",
         _labelled("Recipe", tag("select", *options, name="recipe")),
-        _labelled("Name of the run", _field("name", given.get("name", ""), required="", maxlength="100")),
+        _labelled("Name of the run", _field("name", given.get("name", ""), required="", maxlength=LONGEST_NAME)),
         _labelled("Processes", _number(given.get("processes", "1"))),
         _labelled("Settings put over the recipe's, key=value, a line each", settings),
         tag("button", "Start", type="submit"), method="post", action="/start", class_="start",
@@ -92,12 +92,12 @@ def _labelled(text: str, field: Html) -> Html:
     return tag("label", tag("span", text), field)
 
 
-def _field(name: str, value: str, **more: str) -> Html:
+def _field(name: str, value: str, **more: Child) -> Html:
     return tag("input", name=name, value=value, autocomplete="off", **more)
 
 
 def _number(value: str) -> Html:
-    return _field("processes", value, type="number", min="1", max="64")
+    return _field("processes", value, type="number", min=1, max=MOST_PROCESSES)
 
 
 def _runs(runs: Mapping[str, Seen]) -> Html:
