@@ -165,7 +165,7 @@ PROBE = """
 import os, sys, types
 sys.modules["schoolhouse.cli"] = types.SimpleNamespace(main=lambda: print(os.getpid(), sys.argv[1:], os.environ))
 """
-TOLD = "glibc.malloc.tcache_count=0"
+TOLD = f"glibc.malloc.tcache_count=0:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={1 << 40}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")

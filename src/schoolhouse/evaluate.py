@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from schoolhouse import graders
+from schoolhouse import graders, memory
 from schoolhouse.config import Exam, Recipe
 from schoolhouse.data import ahead, formats, loader, plan, prepare, sources, turns
 from schoolhouse.data.served import Served
@@ -289,7 +289,7 @@ def _shown(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def _evaluating(student: Student) -> Iterator[None]:
-    """Dropout off inside."""
+    """Dropout off inside. What was freed is given back behind it: training makes matrices of other sizes."""
     training = student.model.training
     student.model.eval()
     try:
@@ -297,6 +297,7 @@ def _evaluating(student: Student) -> Iterator[None]:
     finally:
         student.model.train(training)
         fsdp.rest(student)
+        memory.give_back(student.device)
 
 
 @contextlib.contextmanager
