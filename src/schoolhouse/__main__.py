@@ -11,7 +11,7 @@ TUNABLES, MALLOC = "GLIBC_TUNABLES", "glibc.malloc."
 SUITED = ("tcache_count=0", "mmap_max=0", f"trim_threshold={1 << 40}")
 """glibc keeps small pieces that were freed, some of every size, where they are: between the activations of one
 micro-batch, whose memory the next then finds in splinters. LoRA of Qwen2.5-0.5B took 350 MiB more. Matrices of 32 MiB
-and more it fetches from the system and gives back each time; clearing their pages was a tenth of its step in float32."""
+and more it fetches from the system and gives back each time; clearing pages was a tenth of its step in float32."""
 
 
 def main() -> None:

@@ -74,6 +74,19 @@ def test_every_architecture(family: str, number: torch.dtype) -> None:
     assert distance(gradients, wanted) < (2e-6 if number == torch.float32 else 4e-2)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_adapters_beside_every_matrix(family: str) -> None:
+    """Of a whole model: results to rounding, since PEFT adds in another order; its experts' stacks stay PEFT's."""
+    mixture = None if family == "qwen3" else True
+    one = model(family, settings=Lora(rank=4, experts=mixture))
+    logits, wanted = learnt(one)
+    elementwise.lighten(one)
+    assert elementwise.lighter(one) == ["adapters", *OTHERS.get(family, ALL)]
+    found, gradients = learnt(one)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    assert distance(gradients, wanted) < 2e-5
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 def test_bfloat16_is_no_farther_from_the_truth(family: str) -> None:
     """Against float64, over all weights: Llama's way rounds inside backward where ours does not."""

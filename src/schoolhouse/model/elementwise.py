@@ -1,9 +1,10 @@
-"""What stands between matrix products, in fewer passes and with less kept: norms, rotary positions, gates.
+"""What stands between matrix products, in fewer passes and with less kept: norms, rotary positions, gates, adapters.
 
-Forward gives transformers' own results, bit by bit. Backward of a norm is one formula instead of the chain of its
-operations (as in Liger; Hsu et al., 2024, arXiv:2410.10989), summed in float32; a rotation's turns back. A gated layer
-keeps what its gate and its other half were, and computes their activation and product again when backward asks: of the
-four matrices that transformers keeps there, as wide as anything in a model, two remain.
+Forward gives transformers' own results, bit by bit, but for adapters (`adapters`). Backward of a norm is one formula
+instead of the chain of its operations (as in Liger; Hsu et al., 2024, arXiv:2410.10989), summed in float32; a
+rotation's turns back. A gated layer keeps what its gate and its other half were, and computes their activation and
+product again when backward asks: of the four matrices that transformers keeps there, as wide as anything in a model,
+two remain.
 
 A module is known by its code, not by its name: that of Llama's or Gemma's, instruction for instruction. Any other stays
 as it is.
@@ -25,6 +26,8 @@ from transformers.activations import ACT2CLS
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama as llama
 
+from schoolhouse.model import adapters
+
 ROTATION = "apply_rotary_pos_emb"
 """What transformers calls the function that turns queries and keys."""
 ACTIVATIONS = frozenset(one[0] if isinstance(one, tuple) else one for one in ACT2CLS.values())
@@ -34,14 +37,14 @@ _whole: ContextVar[bool] = ContextVar("whole", default=False)
 """Whether gated layers keep all that transformers keeps."""
 
 
-def lighten(model: nn.Module) -> int:
+def lighten(model: nn.Module, *, adapters_only: bool = False) -> int:
     """Exchange the forward of every part of `model` that is known; how many there are.
 
     A part's class becomes one made of it, so that nothing refers to the part that it would not outlive.
     """
     found = 0
     for module in model.modules():
-        forward = _forward(module)
+        forward = adapters.forward if adapters.is_plain(type(module)) else None if adapters_only else _forward(module)
         if forward is not None:
             module.__class__ = _made(type(module), forward)
             found += 1
@@ -64,7 +67,7 @@ def as_written(model: nn.Module) -> Iterator[None]:
 
 def lighter(model: nn.Module) -> list[str]:
     """Which kinds of parts of `model` have another forward than transformers'."""
-    kinds = {_norm: "norms", _norm_of_gemma: "norms", _gated: "gates"}
+    kinds = {_norm: "norms", _norm_of_gemma: "norms", _gated: "gates", adapters.forward: "adapters"}
     found = (type(module).forward for module in model.modules() if _is_lighter(module))
     return sorted({kinds.get(forward, "rotations") for forward in found})
 

@@ -229,8 +229,8 @@ def load(
         lora.refuse_frozen_words(model)
     if settings.liger:
         kernels.fuse(model, computes_on or place)
-    elif lighter and not settings.compile:
-        elementwise.lighten(model)
+    if lighter and not settings.compile:
+        elementwise.lighten(model, adapters_only=settings.liger)
     if settings.float8:
         float8.narrow(model, computes_on or place)
     (model if place.type == "cpu" else model.to(place)).train()  # it was read on the CPU

@@ -38,6 +38,11 @@ def multiplies_float32_faster(able: Mapping[str, Any]) -> bool:
     return not able["avx512_bf16"] or "Intel" in able["cpu_name"]
 
 
+def widens(states: Tensor) -> bool:
+    """Whether linear layers multiply these states by way of float32 in training."""
+    return states.dtype == NARROW and wide_is_faster(states.device)
+
+
 def fastest(place: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """Inside, linear layers and PyTorch's attention multiply in the faster of both number formats."""
     return Wide() if _widened(place, precision) else contextlib.nullcontext()
