@@ -101,7 +101,12 @@ def test_the_adapter_is_exported_in_pefts_format(run: Path, tmp_path: Path) -> N
 
 
 def test_the_merged_model_is_a_plain_one(run: Path, tmp_path: Path) -> None:
-    """Tensors by the base's names, shapes and formats; embeddings still tied; its answers are the run's."""
+    """Tensors by the base's names, shapes and formats; embeddings still tied; it says what the run's model says.
+
+    In float32 both answer alike. In bfloat16 the run's base is rounded and the file's is not, so no two greedy answers
+    of a model this young have to agree. There the logits do, to 3 % of their size: the base's own are 1.6 % from those
+    of its rounded weights. The base is 29 % away.
+    """
     assert "relative difference of logits" in said("export", run, "--merge", "--out", tmp_path / "out")
     base, file = places.model_directory("starter/qwen3"), load_file(tmp_path / "out" / "model.safetensors")
     plain = load_file(base / "model.safetensors")
@@ -112,9 +117,18 @@ def test_the_merged_model_is_a_plain_one(run: Path, tmp_path: Path) -> None:
     assert moved == {name for name in file if "proj" in name}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    asked = [Message("user", (Part("text", "Tom has 3 pens and buys 4. How many?"),))]
-    answers = [talk.reply(*trained.open_student(str(one)), asked) for one in (run, tmp_path / "out")]
-    assert answers[0] == answers[1]
+    students = [trained.open_student(str(one)) for one in (run, tmp_path / "out", base)]
+    ids = torch.randint(20, 120, (2, 24), generator=torch.Generator().manual_seed(5))
+    for student, *_ in students:
+        student.model.eval().set_attn_implementation("sdpa")
+    with torch.no_grad():
+        run_logits, merged, untrained = (student.model(ids).logits.float() for student, *_ in students)
+    size = merged.norm()
+    assert (run_logits - merged).norm() < {"float32": 1e-5, "bfloat16": 0.03}[run.name] * size
+    assert (untrained - merged).norm() > 0.2 * size
+    if run.name == "float32":
+        asked = [Message("user", (Part("text", "Tom has 3 pens and buys 4. How many?"),))]
+        assert talk.reply(*students[0], asked) == talk.reply(*students[1], asked)
 
 
 def test_merging_needs_adapters(tmp_path: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
