@@ -163,32 +163,44 @@ def test_no_standard_output_at_all() -> None:
 
 PROBE = """
 import os, sys, types
-sys.modules["schoolhouse.cli"] = types.SimpleNamespace(main=lambda: print(os.getpid(), sys.argv[1:], os.environ))
+begun = dict(os.environ)
+told = lambda: print(os.getpid(), sys.argv[1:], [each.get("GLIBC_TUNABLES") for each in (begun, os.environ)])
+sys.modules["schoolhouse.cli"] = types.SimpleNamespace(main=told)
 """
-TOLD = f"glibc.malloc.tcache_count=0:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={1 << 40}"
+FEW, MANY = "glibc.malloc.tcache_count=0", f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={1 << 40}"
+TOLD = f"{FEW}:{MANY}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 @pytest.mark.parametrize(("own", "found"), [
-    (None, TOLD), ("", TOLD), ("glibc.malloc.tcache_count=3",) * 2, ("glibc.cpu.x=1", f"glibc.cpu.x=1:{TOLD}"),
-])
+    (None, TOLD), ("", TOLD), ("glibc.cpu.x=1", f"glibc.cpu.x=1:{TOLD}"), (TOLD, TOLD),
+    ("glibc.malloc.tcache_count=3", f"glibc.malloc.tcache_count=3:{MANY}"),
+], ids=["none", "empty", "other", "all", "one"])
 @pytest.mark.parametrize("way", [["-m", "schoolhouse"], ["-u", "-m", "schoolhouse"], ["{bin}/schoolhouse"]],
                          ids=["module", "option", "script"])
 def test_the_allocator_is_told_before_it_begins(
     tmp_path: Path, own: str | None, found: str, way: list[str]
 ) -> None:
-    """Such settings are read once, when a process begins; it stays the same process, with the same words."""
+    """Such settings are read once, when a process begins. It stays the same process, with the same words; what it
+    starts itself, as processes that decode images, is told what the user says alone."""
     said, process = begun(tmp_path, way, own)
-    assert said.startswith(f"{process.pid} ['run', 'a b', '-m', 'c=1'] ") and f"'GLIBC_TUNABLES': '{found}'" in said
+    assert said == f"{process.pid} ['run', 'a b', '-m', 'c=1'] {[found, own or None]}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_the_allocators_former_names_are_the_users_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "65536")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert begun(tmp_path, ["-m", "schoolhouse"], None)[0].endswith(f" {[FEW, None]}\n")
 
 
 @pytest.mark.parametrize("way", [
     ["-c", "from schoolhouse.__main__ import main; main()"], ["{bin}/profiler", "-m", "schoolhouse"],
-    ["-X", "schoolhouse", "-m", "schoolhouse"],
+    ["-X", "schoolhouse=3", "-m", "schoolhouse"],
 ], ids=["another program", "a profiler", "begun once more"])
 def test_no_other_program_is_begun_once_more(tmp_path: Path, way: list[str]) -> None:
     """Nor one that lost the variable on the way."""
-    assert "'GLIBC_TUNABLES'" not in begun(tmp_path, way, None)[0]
+    assert begun(tmp_path, way, None)[0].endswith(" [None, None]\n")
 
 
 def test_what_cannot_begin_once_more_goes_on(tmp_path: Path) -> None:

@@ -7,23 +7,48 @@ import contextlib
 import os
 import sys
 
-TUNABLES, MALLOC = "GLIBC_TUNABLES", "glibc.malloc."
-SUITED = ("tcache_count=0", "mmap_max=0", f"trim_threshold={1 << 40}")
-"""glibc keeps small pieces that were freed, some of every size, where they are: between the activations of one
+TUNABLES, AGAIN = "GLIBC_TUNABLES", "schoolhouse"
+SUITED = {
+    "tcache_count": (0, ""), "mmap_max": (0, "MALLOC_MMAP_MAX_"),
+    "trim_threshold": (1 << 40, "MALLOC_TRIM_THRESHOLD_"),
+}
+"""What glibc.malloc is told, each unless the environment says it, by that name or its former one.
+
+glibc keeps small pieces that were freed, some of every size, where they are: between the activations of one
 micro-batch, whose memory the next then finds in splinters. LoRA of Qwen2.5-0.5B took 350 MiB more. Matrices of 32 MiB
 and more it fetches from the system and gives back each time; clearing pages was a tenth of its step in float32."""
 
 
 def main() -> None:
     """Run the command of this process's arguments."""
-    own = os.environ.get(TUNABLES, "")
-    if sys.platform == "linux" and MALLOC not in own and _plainly_started(sys.orig_argv, sys.argv):
-        os.environ[TUNABLES] = ":".join([*filter(None, [own]), *(MALLOC + one for one in SUITED)])
-        with contextlib.suppress(OSError, ValueError):  # where it may not, it goes on as it is
-            os.execv(sys.executable, [sys.executable, "-X", "schoolhouse", *sys.orig_argv[1:]])
+    if sys.platform == "linux":
+        _begin_suited()
     from schoolhouse import cli
 
     cli.main()
+
+
+def _begin_suited() -> None:
+    """Begin once more with what glibc is to be told; then take it back, for processes that this one starts."""
+    own = [one for one in os.environ.get(TUNABLES, "").split(":") if one]
+    added = sys._xoptions.get(AGAIN)
+    if added is not None:
+        _put(own[: max(0, len(own) - int(added))])
+    elif _plainly_started(sys.orig_argv, sys.argv):
+        said = {one.partition("=")[0] for one in own}
+        more = [f"glibc.malloc.{name}={value}" for name, (value, former) in SUITED.items()
+                if f"glibc.malloc.{name}" not in said and former not in os.environ]
+        if more:
+            _put([*own, *more])
+            with contextlib.suppress(OSError, ValueError):  # where it may not, it goes on as it is
+                os.execv(sys.executable, [sys.executable, "-X", f"{AGAIN}={len(more)}", *sys.orig_argv[1:]])
+            _put(own)
+
+
+def _put(tunables: list[str]) -> None:
+    os.environ.pop(TUNABLES, None)
+    if tunables:
+        os.environ[TUNABLES] = ":".join(tunables)
 
 
 def _plainly_started(whole: list[str], words: list[str]) -> bool:

@@ -15,30 +15,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from schoolhouse.model import products
+PEFT = "peft.tuners.lora.layer"
+"""Nothing loads PEFT where there are no adapters."""
 
 
-def is_plain(kind: type[nn.Module]) -> bool:
-    """Whether a class is PEFT's adapted linear layer; nothing loads PEFT where there are no adapters."""
-    peft = sys.modules.get("peft.tuners.lora.layer")
-    return peft is not None and kind is peft.Linear
+def suits(layer: nn.Module) -> bool:
+    """Whether a part of a model is PEFT's adapted linear layer, and does no more than stands above."""
+    if PEFT not in sys.modules or type(layer) is not sys.modules[PEFT].Linear or layer.lora_variant:
+        return False
+    factors = [*layer.lora_A.values(), *layer.lora_B.values()]
+    return all(map(_is_plain, [layer.base_layer, *factors])) and all(one.bias is None for one in factors)
 
 
 def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Of such a layer, on states [..., I]; by PEFT's own where it does more than stands above, or in other formats."""
-    name = _alone(self)
-    if name is None or x.ndim < 2 or args or kwargs:
-        return type(self).__base__.forward(self, x, *args, **kwargs)
-    base, first, second = self.base_layer, self.lora_A[name], self.lora_B[name]
-    numbers = {one.dtype for one in (x, base.weight, first.weight, second.weight)}
-    learns = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    plain = type(base) is nn.Linear and first.bias is None and second.bias is None
-    if learns or not plain or len(numbers) > 1 or products.widens(x):
-        return type(self).__base__.forward(self, x)
-    dropout = self.lora_dropout[name]
-    met = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
-    return _Adapted.apply(x, met, base.weight, base.bias, first.weight, second.weight, self.scaling[name])
+    """Of such a layer, on states [..., I]; by PEFT's own where it does more by now, or in several formats."""
+    name = None if args or kwargs else _alone(self)
+    if name is None or not _agree(self, name, x):
+        return sys.modules[PEFT].Linear.forward(self, x, *args, **kwargs)
+    base, dropout = self.base_layer, self.lora_dropout[name]
+    met = dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None
+    first, second = self.lora_A[name].weight, self.lora_B[name].weight
+    return _Adapted.apply(x, met, base.weight, base.bias, first, second, self.scaling[name])
 
 
 def _alone(layer: nn.Module) -> str | None:
@@ -47,6 +46,23 @@ def _alone(layer: nn.Module) -> str | None:
         return None
     (name,) = layer.active_adapters
     return name if name in layer.lora_A and name not in layer.lora_variant else None
+
+
+def _agree(layer: nn.Module, name: str, states: Tensor) -> bool:
+    """Whether states and the layer's matrices are of one format, the factors alone may learn, and nobody listens."""
+    base, first, second = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    if not all(map(_is_plain, (base, first, second))) or first.bias is not None or second.bias is not None:
+        return False
+    frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
+    met = [one for one in (*frozen, first.weight, second.weight) if type(one.data) is Tensor]  # 4 bits are widened
+    return states.ndim > 1 and all(one.dtype == states.dtype for one in met) \
+        and not any(one.requires_grad for one in frozen) and not torch.is_autocast_enabled(states.device.type)
+
+
+def _is_plain(one: nn.Module) -> bool:
+    """A linear layer that only multiplies, whose matrix may be used without it."""
+    return type(one) is nn.Linear and "forward" not in vars(one) and not one._forward_hooks \
+        and not one._forward_pre_hooks and not one._backward_hooks and not one._backward_pre_hooks
 
 
 class _Adapted(torch.autograd.Function):
@@ -60,14 +76,14 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         met = states if met is None else met
         low = F.linear(met, first).mul_(scale).flatten(0, -2)
-        result = F.linear(states, weight, bias)
-        wide = result.view(-1, len(second))
-        torch.addmm(wide, low, second.T, out=wide)
+        result = F.linear(states.flatten(0, -2), weight, bias)
+        torch.addmm(result, low, second.T, out=result)
         ctx.save_for_backward(met, weight, first, second, low)
         ctx.scale, ctx.one = scale, met is states
-        return result
+        return torch.ops.aten._unsafe_view(result, (*states.shape[:-1], len(second)))  # no view: it may be changed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
         met, weight, first, second, low = ctx.saved_tensors
         rows, needed = above.flatten(0, -2), ctx.needs_input_grad

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import ACT2CLS
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -37,14 +38,15 @@ _whole: ContextVar[bool] = ContextVar("whole", default=False)
 """Whether gated layers keep all that transformers keeps."""
 
 
-def lighten(model: nn.Module, *, adapters_only: bool = False) -> int:
-    """Exchange the forward of every part of `model` that is known; how many there are.
+def lighten(model: nn.Module, *, blocks: bool = True, adapted: bool = True) -> int:
+    """Exchange the forward of every part of `model` that is known, of its `blocks` and of `adapted` layers; how many
+    there are.
 
     A part's class becomes one made of it, so that nothing refers to the part that it would not outlive.
     """
     found = 0
     for module in model.modules():
-        forward = adapters.forward if adapters.is_plain(type(module)) else None if adapters_only else _forward(module)
+        forward = adapters.forward if adapted and adapters.suits(module) else _forward(module) if blocks else None
         if forward is not None:
             module.__class__ = _made(type(module), forward)
             found += 1
@@ -144,6 +146,7 @@ class _Norm(torch.autograd.Function):
         return normed.mul_(weight) if weight.dtype == normed.dtype else weight * normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         states, weight, scale = ctx.saved_tensors
         number = torch.promote_types(above.dtype, scale.dtype)

@@ -28,6 +28,7 @@ from schoolhouse.model import (
     last_block,
     layouts,
     lora,
+    products,
     shared_prefixes,
     sight,
     sizes,
@@ -230,7 +231,8 @@ def load(
     if settings.liger:
         kernels.fuse(model, computes_on or place)
     if lighter and not settings.compile:
-        elementwise.lighten(model, adapters_only=settings.liger)
+        widened = products.widened(computes_on or place, settings.precision)  # then PEFT multiplies, by way of float32
+        elementwise.lighten(model, blocks=not settings.liger, adapted=not widened)
     if settings.float8:
         float8.narrow(model, computes_on or place)
     (model if place.type == "cpu" else model.to(place)).train()  # it was read on the CPU

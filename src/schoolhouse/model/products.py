@@ -38,14 +38,9 @@ def multiplies_float32_faster(able: Mapping[str, Any]) -> bool:
     return not able["avx512_bf16"] or "Intel" in able["cpu_name"]
 
 
-def widens(states: Tensor) -> bool:
-    """Whether linear layers multiply these states by way of float32 in training."""
-    return states.dtype == NARROW and wide_is_faster(states.device)
-
-
 def fastest(place: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """Inside, linear layers and PyTorch's attention multiply in the faster of both number formats."""
-    return Wide() if _widened(place, precision) else contextlib.nullcontext()
+    return Wide() if widened(place, precision) else contextlib.nullcontext()
 
 
 def again(place: torch.device, precision: str) -> tuple[contextlib.AbstractContextManager[Any], ...]:
@@ -57,11 +52,12 @@ def describe(place: torch.device, precision: str) -> str:
     """The number formats of a run, for the table of what is in force."""
     if precision == "float32":
         return precision
-    widened = "; products of it by way of float32, which is faster here" if _widened(place, precision) else ""
-    return f"{precision}, masters and moments float32{widened}"
+    way = "; products of it by way of float32, which is faster here" if widened(place, precision) else ""
+    return f"{precision}, masters and moments float32{way}"
 
 
-def _widened(place: torch.device, precision: str) -> bool:
+def widened(place: torch.device, precision: str) -> bool:
+    """Whether a run of this precision multiplies by way of float32."""
     return precision == "bfloat16" and wide_is_faster(place)
 
 
