@@ -159,6 +159,23 @@ def test_no_standard_output_at_all() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("name", ["-m", "schoolhouse"])
+def test_nothing_beside_the_recipe_takes_a_librarys_place(tmp_path: Path, name: str) -> None:
+    """A downloaded directory, or one's own script of that name: only what a recipe names is looked for there."""
+    for library in ("filelock", "numpy", "datasets"):
+        (tmp_path / f"{library}.py").write_text("raise SystemExit('run')\n")
+    (tmp_path / "mine.py").write_text("def same(answer, reference):\n    return True\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "model: starter/qwen3\ndata: {train: [{path: starter/arithmetic, limit: 20}]}\n"
+        "exam: {data: {path: 'starter/arithmetic:exam', limit: 1}, max_new_tokens: 1, grader: 'mine:same'}\n"
+    )
+    words = [sys.executable, "-m", "schoolhouse"] if name == "-m" else [str(Path(sys.executable).with_name(name))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([*words, "eval", "starter/qwen3", "recipe.yaml"], env=environment, capture_output=True,
+                          text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0 and "1 of 1" in done.stderr, done.stderr
+
+
 # In which process.
 
 PROBE = """

@@ -71,6 +71,29 @@ def test_overrides_stand_over_the_file(tmp_path: Path) -> None:
     assert (one.optim.learning_rate, one.optim.warmup, one.batch.tokens, one.directory) == (3, 0.5, 77, "a=b")
 
 
+def test_another_student_keeps_what_is_said_of_the_model(tmp_path: Path) -> None:
+    """`model=PATH` chooses who is trained; precision and the rest are not lost by it."""
+    text = SHORT.replace("starter/qwen3", "{path: starter/qwen3, precision: bfloat16, chat_template: chatml}")
+    one = read(tmp_path, text, "model=starter/gemma3").model
+    assert (one.path, one.precision, one.chat_template) == ("starter/gemma3", "bfloat16", "chatml")
+    assert read(tmp_path, text, 'model={"path": "m"}').model.precision == "float32", "a whole section takes its place"
+
+
+def test_whole_epochs_may_be_written_as_fractions(tmp_path: Path) -> None:
+    assert read(tmp_path, SHORT, "train.epochs=3.0").train.epochs == 3
+    assert "train.epochs is 0.5" in mistake(tmp_path, SHORT, "train.epochs=0.5")
+
+
+def test_warm_up_is_a_share_and_no_number_of_steps(tmp_path: Path) -> None:
+    assert "Share of the steps" in mistake(tmp_path, SHORT, "optim.warmup=1")
+
+
+def test_what_another_trainer_calls_it_is_explained(tmp_path: Path) -> None:
+    """Names are others', and so may units be."""
+    said = mistake(tmp_path, SHORT, "train.warmup_steps=10")
+    assert "did you mean optim.warmup? (Share of the steps in which the learning rate rises" in said
+
+
 def test_overrides_open_short_forms(tmp_path: Path) -> None:
     """A setting below a one-word model, data or source keeps the word."""
     one = read(tmp_path, SHORT, "model.precision=bfloat16", "data.supervise=last")

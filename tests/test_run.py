@@ -27,7 +27,7 @@ import torch
 from plain_sft import plain_gradient
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from schoolhouse import checkpoint, cli, optim, places, talk, trained
+from schoolhouse import checkpoint, cli, evaluate, optim, places, talk, trained
 from schoolhouse import recipe as recipes
 from schoolhouse import run as runs
 from schoolhouse.config import Exam, Recipe
@@ -336,8 +336,25 @@ def test_the_directory_says_what_was_run(run: Path, recipe: Recipe, known: dict[
     assert (run / "report.html").stat().st_size > 10_000 and records(run, "examples.jsonl")
 
 
+def test_of_equal_exams_the_last_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An exam that stays at nothing must not choose a student that learnt for two steps; the untrained one never is.
+    The best stays among those kept, and is what `export` writes and names."""
+    scores = iter([0.75, 0.5, 0.5, 0.25, 0.25])
+    monkeypatch.setattr(evaluate, "exam", lambda *_: (
+        {"score": (score := next(scores)), "count": 4, "correct": int(4 * score), "seconds": 0.0}, []
+    ))
+    page = write_recipe(tmp_path)
+    here("run", page, f"directory={tmp_path / 'run'}", "exam.every=2", "checkpoint.keep=1")
+    kept = [checkpoint.verify(path) for path in checkpoint.steps_in(tmp_path / "run" / "checkpoints")]
+    assert [one.step for one in kept] == [4, 8] and kept[-1].state["best"] == {"step": 4, "score": 0.5}
+    here("export", tmp_path / "run", "--out", tmp_path / "out")
+    assert "(step 4, identical logits on 4 prompts" in capsys.readouterr().out
+
+
 def test_checkpoints_kept_are_the_newest_and_the_best(run: Path) -> None:
-    """Step 4 had no worse exam than step 8, so it is the best; 6 and 8 are the newest; each is whole."""
+    """6 and 8 are the newest; each is whole."""
     kept = [checkpoint.verify(path) for path in checkpoint.steps_in(run / "checkpoints")]
     best = kept[-1].state["best"]["step"]
     assert [one.step for one in kept] == sorted({best, 6, 8})
@@ -512,7 +529,8 @@ def test_a_chosen_step_is_exported(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert torch.equal(plain.get_input_embeddings().weight, student(run, 6).get_input_embeddings().weight)
     here("export", run, "--out", tmp_path / "three", "--step", 3, code=6)
     told = capsys.readouterr().err
-    assert "of step 3" in told and "there are 4, 6, 8" in told and not (tmp_path / "three").exists()
+    there = ", ".join(map(str, sorted({best_step(run), 6, 8})))
+    assert "of step 3" in told and f"there are {there}" in told and not (tmp_path / "three").exists()
 
 
 def test_an_export_never_removes_what_it_did_not_write(
@@ -550,6 +568,24 @@ def test_eval_repeats_the_exam_of_the_run(
         answers = [json.loads(line) for line in said.out.splitlines()]
         assert [{"step": best_step(run), **one} for one in answers] == recorded
         assert f"{sum(one['correct'] for one in recorded)} of 6" in said.err
+
+
+def test_a_run_answers_as_it_was_trained(run: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What would be passed over is refused; the device is the one that is asked for."""
+    for setting, found in {
+        "model.path=starter/gemma3": "model.path=starter/gemma3, and a run answers as it was trained",
+        "lora.rank=2": "lora.rank=2, and a run", "device=nonsense": "nonsense",
+    }.items():
+        here("eval", run, page, setting, code=2)
+        assert found in capsys.readouterr().err
+    here("compare", run, run, page, "model.chat_template=chatml", code=2)
+
+
+def test_students_who_answer_alike_are_no_empty_table(
+    run: Path, page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here("compare", run, run, page)
+    assert "no verdict differs" in capsys.readouterr().out
 
 
 def test_compare_names_both_and_their_scores(run: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:

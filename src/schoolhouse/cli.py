@@ -50,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     inert.allow(options.trust_remote_code)
     from schoolhouse import commands
 
-    sys.path.insert(0, str(Path.cwd()))  # where a user's own `module:function` is looked for, as with `python -m`
-
+    _look_here_last()
     try:
         commands.COMMANDS[options.command](options)
         print(end="", flush=True)
@@ -79,6 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _look_here_last() -> None:
+    """A user's own `module:function` is looked for in the working directory; nothing there takes a library's place,
+    not even with `python -m`, which looks there first."""
+    here = str(Path.cwd())
+    if sys.path[:1] in ([""], [here]):
+        del sys.path[0]
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def _unread() -> bool:

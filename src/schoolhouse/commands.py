@@ -196,6 +196,7 @@ def selfcheck(options: Namespace) -> None:
 def evaluate(options: Namespace) -> None:
     """Generate answers to the recipe's exam and grade them."""
     recipe = recipes.read(options.recipe, options.overrides)
+    _refuse_another_student(options, options.target)
     score, samples = _examine(options.target, recipe)
     if options.json:
         for sample in samples:
@@ -206,6 +207,7 @@ def evaluate(options: Namespace) -> None:
 def compare(options: Namespace) -> None:
     """The same questions to two students, side by side."""
     recipe = recipes.read(options.recipe, options.overrides)
+    _refuse_another_student(options, options.first, options.second)
     from schoolhouse import talk
 
     first, second = (_examine(target, recipe) for target in (options.first, options.second))
@@ -381,6 +383,18 @@ def _row_range(text: str) -> tuple[int, int | None]:
         raise ConfigError(
             f"--rows {text} is no range", required="A:B, counted from 0", where="command line", remedy="e.g. --rows 0:5"
         ) from None
+
+
+def _refuse_another_student(options: Namespace, *targets: str) -> None:
+    """A run brings its own student: words about one would be passed over."""
+    from schoolhouse import trained
+
+    about = [one for one in options.overrides if one.partition("=")[0].split(".")[0] in ("model", "lora")]
+    if about and all(trained.is_run(Path(target)) for target in targets):
+        raise ConfigError(
+            f"{about[0]}, and a run answers as it was trained", required="settings of the exam, the device or the seed",
+            where="command line", remedy="leave it out, or name a model's directory (`schoolhouse export`)",
+        )
 
 
 def _examine(target: str, recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]]]:

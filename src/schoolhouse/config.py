@@ -16,8 +16,14 @@ NaturalInt = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 NaturalFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
+
+
+def _whole(value: object) -> object:
+    """3.0 as 3: others write passes as fractions."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Section(BaseModel):
@@ -228,7 +234,7 @@ class Batch(Section):
 class Train(Section):
     """How long."""
 
-    epochs: PositiveInt = 1
+    epochs: Annotated[PositiveInt, BeforeValidator(_whole)] = 1
     """Passes over the data."""
     steps: PositiveInt | None = None
     """Stop after this many optimizer steps; more than `epochs` holds begin further passes."""
@@ -264,8 +270,8 @@ class Optim(Section):
     is a part (`vision`, `projector`, `language`) or a regex found in the name; the first that matches decides."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """The way down from the peak to `minimum`."""
-    warmup: Fraction = 0.05
-    """Share of the steps in which the learning rate rises from 0."""
+    warmup: Share = 0.05
+    """Share of the steps in which the learning rate rises from 0, below 1: 0.05, not a number of steps."""
     minimum: Fraction = 0.0
     """The learning rate of the last step, as a share of the peak."""
     weight_decay: NaturalFloat = 0.01

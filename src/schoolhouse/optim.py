@@ -24,6 +24,8 @@ from schoolhouse.parallel import fsdp
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """The optimizers' state of a parameter, by torch's names: AdamW's, and Muon's."""
+ADAPTERS = (1e-4, 4e-4)
+"""Learning rates that adapters usually take with AdamW, ten times those of whole weights."""
 
 
 class Sums:
@@ -271,6 +273,15 @@ def learning_rate(settings: Optim, step: int, steps: int) -> float:
     done = (step - warmup) / max(1, steps - warmup)
     shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[settings.schedule]
     return settings.learning_rate * (settings.minimum + (1 - settings.minimum) * shape)
+
+
+def told(settings: Optim, steps: int, *, adapters: bool) -> str:
+    """The learning rate of a run of so many steps, in words, with what adapters usually take where it is far less."""
+    warm, last = warmup_steps(settings, steps), settings.learning_rate * settings.minimum
+    down = "then constant" if settings.schedule == "constant" else f"then down to {last:.3g} ({settings.schedule})"
+    hint = f"; adapters usually take {ADAPTERS[0]:g} to {ADAPTERS[1]:g}"
+    low = adapters and settings.learning_rate < ADAPTERS[0] / 2
+    return f"up to {settings.learning_rate:.3g} in {warm:,} of {steps:,} steps, {down}{hint if low else ''}"
 
 
 def warmup_steps(settings: Optim, steps: int) -> int:

@@ -46,11 +46,13 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
     asked = evaluate.questions(recipe, model)
     if asked:
         in_force["exam"] = f"{len(asked):,} questions, graded by {recipe.exam.grader}"
+    steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
+    in_force["learning rate"] = optim.told(recipe.optim, steps, adapters=recipe.lora is not None)
     return {
         "train": ledger(train, shares=shares),
         "validation": ledger(validation, shares=shares) if validation else None,
         "duplicates": duplicates(train, validation),
-        "steps": recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch,
+        "steps": steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "micro_batches": len(plan.step(1).packs),
         "prepared": str(train.directory),

@@ -151,7 +151,10 @@ def _override(values: dict[str, Any], places: dict[Key, str], override: str) -> 
             f"{name.strip()}= has no value", required="key=value", where="command line",
             remedy=f"write {name.strip()}=null, if it is to have none; was a variable of the shell not set?",
         )
-    _put(values, tuple(keys), (), _value(text))
+    value = _value(text)
+    if keys == ["model"] and isinstance(value, str) and isinstance(values.get("model"), dict):
+        keys = ["model", "path"]  # another student; what else the recipe says of it holds
+    _put(values, tuple(keys), (), value)
     for place in [place for place in places if place[: len(keys)] == tuple(keys)]:
         del places[place]
     places[tuple(keys)] = f"command line: {override}"
@@ -212,7 +215,7 @@ def _fault(one: Mapping[str, Any], path: Path, places: Mapping[Key, str]) -> tup
     where = _place(key, path, places)
     if one["type"] == "extra_forbidden":
         near = _nearest_key(key)
-        remedy = f"did you mean {near}?" if near else "see `schoolhouse schema` for all settings"
+        remedy = f"did you mean {near}?{_first_sentence(near)}" if near else "see `schoolhouse schema` for all settings"
         where = where.partition("=")[0]  # an unknown key may be meant to hold a token, whose value is shown to nobody
         return f"{_dotted(key)}: unknown key", where, "a setting of the recipe", remedy
     if one["type"] == "missing":
@@ -285,6 +288,12 @@ def _documentation(key: Key) -> str:
     section = _section(key[:-1]) if key else None
     field = section.model_fields.get(str(key[-1])) if section else None
     return (field.description if field else None) or "settings that fit together"
+
+
+def _first_sentence(name: str) -> str:
+    """Of a setting's description, in brackets: units differ from those of others."""
+    text = _documentation(tuple(name.split("."))) if _section(tuple(name.split(".")[:-1])) else ""
+    return f" ({text.partition('. ')[0].rstrip('.')})" if text else ""
 
 
 def _nearest_recipe(path: Path) -> str:

@@ -113,7 +113,7 @@ class Run:
         )
         self.record.append(SAMPLES, *({"step": step, **sample} for sample in samples))
         self.record.append(METRICS, {"kind": "eval", "step": step, "name": "exam", **score})
-        if step and (self.best is None or score["score"] > self.best["score"]):
+        if step and (self.best is None or score["score"] >= self.best["score"]):  # of equals the later: it learnt more
             self.best = {"step": step, "score": score["score"]}
         self.screen.say(f"exam after step {step}: {score['correct']} of {score['count']} ({score['score']:.1%})")
 
@@ -309,6 +309,7 @@ def _info(
         "blocks": blocks.describe(model, recipe.model),
         "objective": run.student.teaching.describe(),
         "optimizer": run.optimizer.describe(),
+        "learning rate": optim.told(recipe.optim, run.steps, adapters=recipe.lora is not None),
         "attention": f"packed and isolated, {run.student.kernels.said}; equal to {type(model).__name__}'s own to "
         f"{difference:.0e}",
         "shared prefixes": f"computed apart: {run.student.apart}" if run.student.apart else

@@ -96,12 +96,12 @@ def _parts(said: str) -> Iterator[Part]:
 def print_comparison(first: Result, second: Result) -> None:
     """The questions on which two students differ, then both scores."""
     table = Table("question", first[0], second[0], show_lines=True)
+    console = Console(highlight=False)
     for one, other in zip(first[2], second[2], strict=True):
         if one["correct"] != other["correct"]:
             asked = one["question"][-1]["content"] if one["question"] else ""
             table.add_row(_plain(asked), _marked(one), _marked(other))
-    console = Console(highlight=False)
-    console.print(table)
+    console.print(table if table.row_count else "no verdict differs: the same questions are answered rightly by both")
     for name, score, _ in (first, second):
         console.print(f"{name}: {score['correct']} of {score['count']} ({score['score']:.1%})", markup=False)
 

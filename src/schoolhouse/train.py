@@ -174,7 +174,7 @@ def _skip_or_stop(run: Run, step: Step, loss: float, norm: float) -> None:
     before = f" after {run.skipped} that were skipped" if run.skipped else ""
     raise NonFiniteError(
         f"step {step.index} has the loss {loss} and a gradient of norm {norm}{before}",
-        required="finite numbers; nothing was updated and the last checkpoint is sound",
+        required="finite numbers; nothing was updated, and what was saved before is sound",
         where=f"{run.record.directory / 'bad_step.json'} lists its {len(rows)} examples",
         remedy=f"`schoolhouse replay {run.record.directory}`; look at these rows, lower optim.learning_rate, "
         f"or set train.on_nonfinite=skip:{allowed + 3}",

@@ -31,12 +31,13 @@ UNTRAINED = {
 
 def open_student(target: str, recipe: Recipe | None = None) -> tuple[Student, Served]:
     """A run directory's best checkpoint, in the precision of its run, or a model by hub id, directory or starter
-    name, with the settings of a model in `recipe` where one is given: its template, its stop tokens, its precision."""
+    name, with the settings of a model in `recipe` where one is given: its template, its stop tokens, its precision.
+    Either computes on the device of `recipe`, if given."""
     directory = Path(target)
-    if (directory / "run.json").is_file():
-        recipe = _recipe(directory)
-        settings = recipe.model
-        student, model = _open_model(settings, recipe.device, recipe.lora)
+    if is_run(directory):
+        own = _recipe(directory)
+        settings = own.model
+        student, model = _open_model(settings, (recipe or own).device, own.lora)
         exporting.put_weights(student.model, chosen(directory).tensors(checkpoint.WEIGHTS))
     else:
         settings = Model(path=target) if recipe is None else _of_another(target, recipe.model)
@@ -44,6 +45,11 @@ def open_student(target: str, recipe: Recipe | None = None) -> tuple[Student, Se
     if settings.precision == "bfloat16":
         optim.narrow(student.model)
     return student, model
+
+
+def is_run(directory: Path) -> bool:
+    """Whether `schoolhouse run` wrote this directory."""
+    return (directory / "run.json").is_file()
 
 
 def _of_another(target: str, settings: Model) -> Model:
@@ -66,7 +72,8 @@ def opened(target: str, recipe: Recipe | None = None) -> Iterator[tuple[Student,
 
 
 def export_run(directory: Path, out: str | None, step: int | None, merge: bool = False) -> tuple[Path, str]:
-    """Export a run's checkpoint, proved on prompts of its own exam or training rows; where it is, and the proof.
+    """Export a run's checkpoint, proved on prompts of its own exam or training rows; where it is, and which step it
+    is, with the proof.
 
     A run with adapters is exported as a PEFT adapter, or with `merge` as a whole model.
     """
@@ -86,7 +93,7 @@ def export_run(directory: Path, out: str | None, step: int | None, merge: bool =
     else:
         name = recipe.model.path if _of_the_hub(recipe) else str(base.resolve())
         exporting.write_adapter(base, name, recipe.model.revision, trained, model, staging)
-    shown = proof.prove(base, trained, model, _prompts(recipe, model), staging)
+    shown = f"step {found.step}, {proof.prove(base, trained, model, _prompts(recipe, model), staging)}"
     exporting.publish(staging, place, shown)
     return place, shown
 
@@ -98,7 +105,8 @@ def _of_the_hub(recipe: Recipe) -> bool:
 
 
 def chosen(directory: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a step; unset: the one with the best exam, else the newest that verifies."""
+    """The checkpoint of a step; unset: the one with the best exam, the last of equals, else the newest that verifies.
+    """
     parent = directory / "checkpoints"
     found, rejected = checkpoint.newest(parent)
     if step is None and found is not None:
