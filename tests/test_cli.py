@@ -14,7 +14,7 @@ import pytest
 from test_recipe import SCHEMA, schema_faults
 from test_run import LESSON, command, here, program, write_recipe
 
-from schoolhouse import cli, commands
+from schoolhouse import cli, commands, peers
 from schoolhouse import recipe as recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -299,6 +299,18 @@ def test_new_copies_a_recipe_by_name(
     for number, name in enumerate([shipped.stem, str(shipped), str(ROOT / shipped)]):
         here("new", name, tmp_path / f"{number}.yaml")
         assert (tmp_path / f"{number}.yaml").read_bytes() == shipped.read_bytes()
+
+
+def test_the_page_of_settings_is_the_schemas(capsys: pytest.CaptureFixture[str]) -> None:
+    """`schoolhouse schema --markdown > docs/settings.md`: every setting, and every name that others know."""
+    here("schema", "--markdown")
+    said = capsys.readouterr().out
+    assert said == (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    lines = [line for line in said.splitlines() if line.startswith("| `")]
+    told = {line.split("`")[1] for line in lines}
+    assert all(key in told or f"data.{key.split('.')[-1]}" in told for key in recipes._all_keys() if "." in key)
+    known = {word for word, ours in peers.NAMES.items() if not ours.startswith("--")}
+    assert known <= {word for line in lines for word in line.split("`")}
 
 
 def test_schema_is_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers")
 
 LAYERS = (
     ("errors", "types", "config", "recipe", "inert", "places", "enlarge", "orphans", "peers", "shares",
-     "stopping", "starter"),
+     "stopping", "starter", "reference"),
     ("data", "parallel"),
     ("loss", "model", "optim", "graders", "memory"),
     ("checkpoint", "saving", "evaluate", "record", "room", "estimate", "screen", "overview", "export", "proof",

@@ -167,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     new = _command(commands, "new", "copy a recipe")
     new.add_argument("name", help="a recipe of `schoolhouse ls`")
     new.add_argument("file", help="the new file")
-    _command(commands, "schema", "print the JSON Schema of recipes, for editors")
+    _schema(_command(commands, "schema", "print the JSON Schema of recipes, for editors"))
     _command(commands, "env", "print versions and devices")
     return top
 
@@ -216,6 +216,10 @@ def _job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", required=True, choices=("slurm", "skypilot", "kubernetes"), help="whose job file")
     command.add_argument("--nodes", type=_count, metavar="N", help="machines (unset: as the layout needs)")
     command.add_argument("--gpus", type=_count, metavar="N", help="accelerators of each machine (unset: up to 8)")
+
+
+def _schema(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--markdown", action="store_true", help="all settings as a page to read")
 
 
 def _count(text: str) -> int:

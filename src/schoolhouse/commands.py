@@ -330,8 +330,10 @@ def serve(options: Namespace) -> None:
 
 
 def schema(options: Namespace) -> None:
-    """The JSON Schema of a recipe."""
-    print(json.dumps(Recipe.model_json_schema(), indent=1))
+    """The JSON Schema of a recipe, or its settings as a page."""
+    from schoolhouse import reference
+
+    print(reference.markdown(), end="") if options.markdown else print(json.dumps(Recipe.model_json_schema(), indent=1))
 
 
 def env(options: Namespace) -> None:
