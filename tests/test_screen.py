@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from schoolhouse import screen
-from schoolhouse.screen import Screen
+from schoolhouse.screen import Screen, uncut
 
 
 class Clock:
@@ -47,3 +47,16 @@ def test_where_the_end_is_not_known_or_known_badly(monkeypatch: pytest.MonkeyPat
 def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = said(monkeypatch, (11, 1000, 4000), terminal=True)
     assert "preparing: 1,000 of 4,000 rows (25%), 33 s left" in shown and "━" in shown
+
+
+def test_only_a_terminal_cuts_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that is read in a file or by a program stays whole; a width that is asked for holds."""
+    path, shown = "/place" * 40, []
+    for columns in (None, "80"):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns:
+            monkeypatch.setenv("COLUMNS", columns)
+        out = io.StringIO()
+        Screen(uncut(file=out)).table("in force", [("directory", path)])
+        shown.append(out.getvalue())
+    assert path in shown[0] and path not in shown[1]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
 from schoolhouse.model import families, fourbit, load, lora, shared_prefixes, teaching
-from schoolhouse.screen import Screen
+from schoolhouse.screen import Screen, uncut
 from schoolhouse.types import Conversation, EncodedRow, Example
 
 LONGEST = 5
@@ -187,7 +186,7 @@ def _taught(recipe: Recipe) -> Iterator[Conversation]:
 
 def print_overview(found: dict[str, Any]) -> None:
     """The overview as tables on standard output."""
-    console = Console(highlight=False)
+    console = uncut()
     for name in ("train", "validation"):
         if found[name] is not None:
             console.print(_ledger_table(name, found[name]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,15 +11,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+UNCUT = 1 << 16
+"""Characters of a line that nothing cuts."""
 PLAIN_SECONDS = 10.0
 """Seconds between two plain lines."""
+
+
+def uncut(*, stderr: bool = False, **more: Any) -> Console:
+    """Where a person or a program reads: only a terminal cuts lines, so that a path in a file stays whole."""
+    made = Console(stderr=stderr, highlight=False, **more)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = UNCUT
+    return made
 
 
 class Screen:
     """Writes to standard error, so that standard output holds only what was asked for."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, screen: Console | None = None) -> None:
+        self.console = screen or uncut(stderr=True, soft_wrap=True)
 
     @classmethod
     def of(cls, first: bool) -> Screen:
