@@ -98,6 +98,17 @@ def test_own_grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert grade("xyz", "yes") == graders.Grade(True, "xyz") and not grade("x", "yes").correct
 
 
+@pytest.mark.parametrize("raised", ["assert answer", "answer[9]", "int(answer)", "raise RuntimeError"])
+def test_an_own_grader_that_fails_names_the_answer(
+    raised: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"grader_{len(raised)}.py").write_text(f"def grade(answer, reference):\n    {raised}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="raised") as caught:
+        graders.grader(f"grader_{len(raised)}:grade")("", "seven")
+    assert caught.value.where == "the answer '' to 'seven'"
+
+
 @pytest.mark.parametrize("name", [
     "gsm9k", "no_such_module:grade", "json:no_such_function", "json:", ":f", "a.b:c", "os:sep",
 ])

@@ -87,6 +87,12 @@ class ModelError(ConfigError):
     """The model cannot be loaded, or cannot be trained exactly by this program."""
 
 
+OF_A_FUNCTION = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+)
+"""What a user's own function raises on what it does not expect: of a row, or of an answer."""
+
+
 class Stopped(BaseException):
     """The user asked the run to stop; it was saved and can be resumed (exit code 75). No library may swallow it."""
 

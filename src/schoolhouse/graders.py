@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 
-from schoolhouse.errors import ConfigError
+from schoolhouse.errors import OF_A_FUNCTION, ConfigError
 
 FINAL = re.compile(r"(-?)[^\d\-.\n]{0,3}(-?)(\d[\d,]*(?:\.\d+)?|\.\d+)")
 """A number, a currency sign before it allowed, its sign before or after that."""
@@ -45,7 +45,18 @@ def grader(name: str) -> Grader:
             f"the grader {name} cannot be imported: {error}", required="`module:function` that Python can import",
             where="exam.grader", remedy="check its name; put its directory on PYTHONPATH",
         ) from None
-    return lambda answer, reference: Grade(bool(own(answer, reference)), answer)
+
+    def grade(answer: str, reference: str) -> Grade:
+        try:
+            return Grade(bool(own(answer, reference)), answer)
+        except OF_A_FUNCTION as error:
+            raise ConfigError(
+                f"{name} raised {type(error).__name__}: {error}", remedy="mend the grader",
+                required="a grader that judges every answer, also an empty one",
+                where=f"the answer {answer!r:.200} to {reference!r:.80}",
+            ) from error
+
+    return grade
 
 
 def gsm8k(answer: str, reference: str) -> Grade:
