@@ -79,6 +79,11 @@ def test_another_student_keeps_what_is_said_of_the_model(tmp_path: Path) -> None
     assert read(tmp_path, text, 'model={"path": "m"}').model.precision == "float32", "a whole section takes its place"
 
 
+@pytest.mark.parametrize(("best", "needed"), [("exam", "exam.data"), ("validation", "data.validation")])
+def test_what_chooses_has_to_be_there(tmp_path: Path, best: str, needed: str) -> None:
+    assert f"checkpoint.best={best} needs {needed}" in mistake(tmp_path, SHORT, f"checkpoint.best={best}")
+
+
 def test_whole_epochs_may_be_written_as_fractions(tmp_path: Path) -> None:
     assert read(tmp_path, SHORT, "train.epochs=3.0").train.epochs == 3
     assert "train.epochs is 0.5" in mistake(tmp_path, SHORT, "train.epochs=0.5")

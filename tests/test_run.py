@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -348,9 +349,41 @@ def test_of_equal_exams_the_last_is_the_best(
     page = write_recipe(tmp_path)
     here("run", page, f"directory={tmp_path / 'run'}", "exam.every=2", "checkpoint.keep=1")
     kept = [checkpoint.verify(path) for path in checkpoint.steps_in(tmp_path / "run" / "checkpoints")]
-    assert [one.step for one in kept] == [4, 8] and kept[-1].state["best"] == {"step": 4, "score": 0.5}
+    assert [one.step for one in kept] == [4, 8] and kept[-1].state["best"] == {
+        "step": 4, "score": 0.5, "by": "exam"
+    }
     here("export", tmp_path / "run", "--out", tmp_path / "out")
     assert "(step 4, identical logits on 4 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("best", "chosen"), [("validation", 4), ("exam", 6), (None, 6), ("none", 8)])
+def test_the_recipe_says_what_chooses(
+    best: str | None, chosen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lowest loss of validation, the best exam, or nothing: then the newest. A loss that is no number is none."""
+    losses, scores = iter([9.0, 5.0, 3.0, math.nan, 4.0]), iter([0.0, 0.25, 0.25, 0.5, 0.25])
+    monkeypatch.setattr(evaluate, "exam", lambda *_: (
+        {"score": next(scores), "count": 4, "correct": 1, "seconds": 0.1}, []
+    ))
+    monkeypatch.setattr(evaluate, "validation", lambda *_: {
+        "loss": next(losses), "accuracy": 0.5, "supervised_tokens": 9, "seconds": 0.1,
+    })
+    words = [] if best is None else [f"checkpoint.best={best}"]
+    here("run", write_recipe(tmp_path), f"directory={tmp_path / 'run'}", "exam.every=2", "validation.every=2",
+         "checkpoint.keep=1", *words)
+    assert trained.chosen(tmp_path / "run").step == chosen
+    assert [checkpoint.step_of(one) for one in checkpoint.steps_in(tmp_path / "run" / "checkpoints")] == sorted(
+        {chosen, 8})
+
+
+def test_another_judge_begins_anew(tmp_path: Path) -> None:
+    """A run that is continued with another `checkpoint.best` does not compare a loss with a score."""
+    text = LESSON.replace("steps: 8}", "steps: 4}")
+    here("run", write_recipe(tmp_path, text), f"directory={tmp_path / 'run'}", "exam.every=4")
+    here("run", write_recipe(tmp_path, text), f"directory={tmp_path / 'run'}", "checkpoint.best=validation",
+         "train.steps=8", "--allow-change", "train.steps")
+    found = trained.chosen(tmp_path / "run")
+    assert found.step == 8 and found.state["best"]["by"] == "validation" and found.state["best"]["score"] < 0
 
 
 def test_checkpoints_kept_are_the_newest_and_the_best(run: Path) -> None:

@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     _target(export, "run directory")
     export.add_argument("--out", help="where; unset: RUN/export, or RUN/merged")
     export.add_argument("--merge", action="store_true", help="merge the adapters; unset: the adapters alone")
-    export.add_argument("--step", type=int, help="the checkpoint; unset: the best exam's, else the newest")
+    export.add_argument("--step", type=int, help="the checkpoint; unset: the best, else the newest")
     verify = _command(commands, "verify", "compare every byte of a checkpoint with its manifest")
     _target(verify, "checkpoint, or a run directory for all of its checkpoints")
     _target(_command(commands, "replay", "compute the step of bad_step.json again, and say which pack it was"),

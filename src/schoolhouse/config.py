@@ -330,9 +330,12 @@ class Checkpoint(Section):
     """What is kept of a run."""
 
     every: PositiveInt = 200
-    """Steps between two checkpoints. The last step, and the step with the best exam, are always kept."""
+    """Steps between two checkpoints. The last step and the best one are always kept."""
     keep: PositiveInt = 2
     """Checkpoints kept beside the best one."""
+    best: Literal["exam", "validation", "none"] | None = None
+    """What chooses the best step, which `export`, `chat` and `eval` take: the exam's score, or the loss of validation;
+    of equal ones the last. `none`: they take the newest. Unset: the exam, where there is one."""
 
 
 class Parallel(Section):
@@ -398,6 +401,10 @@ class Recipe(Section):
             raise ValueError("validation.every needs data.validation")
         if self.exam.data is not None and self.exam.data.proportion is not None:
             raise ValueError("exam.data is asked as a whole: it has no proportion")
+        judges = {"exam": ("exam.data", self.exam.data), "validation": ("data.validation", self.data.validation)}
+        needed, judge = judges.get(self.checkpoint.best, ("", self))
+        if judge is None:
+            raise ValueError(f"checkpoint.best={self.checkpoint.best} needs {needed}")
         if self.exam.every and self.exam.data is None:
             raise ValueError("exam.every needs exam.data")
         if self.optim.name == "muon" and self.lora is not None:

@@ -50,6 +50,7 @@ WORDS = {
     "exam.grader": "metric compute_metrics",
     "exam.max_new_tokens": "generation_max_length",
     "checkpoint.every": "save_steps save_freq save_strategy saves_per_epoch",
+    "checkpoint.best": "load_best_model_at_end metric_for_best_model",
     "checkpoint.keep": "save_total_limit max_ckpt_to_keep",
     "parallel.ulysses": "ulysses_sequence_parallel_size sequence_parallel_size context_parallel_size cp_size",
     "parallel.shard": "fsdp fsdp_size fsdp_config deepspeed",

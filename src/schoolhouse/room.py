@@ -30,7 +30,7 @@ def refuse_too_little(recipe: Recipe, parent: Path, optimizer: Optimizer, steps:
 
 
 def at_once(recipe: Recipe, steps: int) -> int:
-    """Checkpoints on the disk at the same time, at most: those kept, the best exam's, and the one being written."""
+    """Checkpoints on the disk at the same time, at most: those kept, the best one, and the one being written."""
     saves = -(-steps // recipe.checkpoint.every)
     return min(recipe.checkpoint.keep + 1, saves) + (recipe.exam.data is not None and saves > 1)
 

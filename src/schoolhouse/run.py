@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,7 @@ class Run:
     """Floating-point operations a second that all processes do in large matrix products, as measured at the start."""
     done: int = 0
     best: dict[str, Any] | None = None
-    """`{"step", "score"}` of the best exam so far."""
+    """`{"step", "score", "by"}` of the best step so far, by what the recipe lets choose."""
     info: dict[str, Any] = field(default_factory=dict)
     """The content of `run.json`."""
     skipped: int = 0
@@ -102,6 +103,7 @@ class Run:
             )
             self.record.append(METRICS, {"kind": "eval", "step": step, "name": "validation", **measured})
             self.screen.say(f"validation after step {step}: loss {measured['loss']:.4f}")
+            self._compare(step, "validation", -measured["loss"])
         if self.questions and _due(step, self.recipe.exam.every, self.steps):
             self._examine(step)
 
@@ -113,12 +115,18 @@ class Run:
         )
         self.record.append(SAMPLES, *({"step": step, **sample} for sample in samples))
         self.record.append(METRICS, {"kind": "eval", "step": step, "name": "exam", **score})
-        if step and (self.best is None or score["score"] >= self.best["score"]):  # of equals the later: it learnt more
-            self.best = {"step": step, "score": score["score"]}
+        self._compare(step, "exam", score["score"])
         self.screen.say(f"exam after step {step}: {score['correct']} of {score['count']} ({score['score']:.1%})")
 
+    def _compare(self, step: int, by: str, score: float) -> None:
+        """Whether this step is the best, by what the recipe lets choose; of equals the later, which learnt more."""
+        if not step or by != (self.recipe.checkpoint.best or "exam") or not math.isfinite(score):
+            return
+        if self.best is None or self.best.get("by", "exam") != by or score >= self.best["score"]:
+            self.best = {"step": step, "score": score, "by": by}
+
     def save_is_due(self, step: int, *, asked: bool) -> bool:
-        """Regularly, at the end, when stopped, and when this step's exam is the best."""
+        """Regularly, at the end, when stopped, and when this step is the best."""
         best = self.best is not None and self.best["step"] == step
         return asked or best or step == self.steps or step % self.recipe.checkpoint.every == 0
 

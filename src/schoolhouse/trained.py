@@ -105,8 +105,7 @@ def _of_the_hub(recipe: Recipe) -> bool:
 
 
 def chosen(directory: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a step; unset: the one with the best exam, the last of equals, else the newest that verifies.
-    """
+    """The checkpoint of a step; unset: the best one (`checkpoint.best`), else the newest that verifies."""
     parent = directory / "checkpoints"
     found, rejected = checkpoint.newest(parent)
     if step is None and found is not None:
