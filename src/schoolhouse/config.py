@@ -55,8 +55,8 @@ class Source(Rows):
     """One place rows come from. Its row settings stand in front of those of `data`."""
 
     path: str
-    """A `.jsonl`, `.json`, `.parquet`, `.arrow` or `.csv` file, a saved data set, `starter/…`, or a hub
-    `name:config:split`."""
+    """A `.jsonl`, `.ndjson` (either `.gz`), `.json`, `.parquet`, `.arrow`, `.csv` or `.tsv` file, a directory of such
+    files, a saved data set (of either a split: `path:test`), `starter/…`, or a hub `name:config:split`."""
     limit: PositiveInt | None = None
     """Read only this many rows, from the beginning."""
     proportion: PositiveFloat | None = None

@@ -26,7 +26,7 @@ class Origin:
     """Where a row came from; printed in every data error."""
 
     source: str
-    """The file or data set, as the user wrote it."""
+    """The file or data set, as the user wrote it; of a directory, the file."""
     row: int
     """Line of a line-based file, else the position in the source; counted from 1."""
 

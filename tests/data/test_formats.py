@@ -184,6 +184,8 @@ def module(tmp_path, monkeypatch):
         "def pair(row): return {'question': row['q'], 'answer': 'yes'}\n"
         "def drop(row): return None\n"
         "def wrong(row): return [row]\n"
+        "def sure(row): assert row['q'] == 'ho'\n"
+        "def failing(row): raise RuntimeError('no')\n"
     )
     yield "my_rows"
     sys.modules.pop("my_rows", None)
@@ -194,6 +196,8 @@ def test_a_function_of_the_users(module):
         assert said({"q": "hi"}, function=f"{module}:{name}") == [("user", "hi"), ("assistant", "yes")]
     assert conversation({"q": "hi"}, function=f"{module}:drop") is None
     assert "KeyError" in fault({}, function=f"{module}:pair").found
+    assert "AssertionError" in fault({"q": "hi"}, function=f"{module}:sure").found
+    assert "RuntimeError: no" in fault({"q": "hi"}, function=f"{module}:failing").found
     assert "returned" in fault({}, function=f"{module}:wrong").found
     for name in (f"{module}:missing", "no_such_module:f", module, ":f"):
         with pytest.raises(ConfigError):

@@ -1,5 +1,6 @@
 """Rows from every kind of source arrive whole and in order; a bad line is named by its place, and no other row."""
 
+import codecs
 import csv
 import gzip
 import json
@@ -56,9 +57,9 @@ def write(directory, suffix):
         table = pa.Table.from_pylist(ROWS)
         with pa.ipc.new_file(path, table.schema) as file:
             file.write_table(table)
-    elif suffix == ".csv":
+    elif suffix in (".csv", ".tsv"):
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ROWS[0])
+            writer = csv.DictWriter(file, ROWS[0], delimiter="," if suffix == ".csv" else "\t")
             writer.writeheader()
             writer.writerows(ROWS)
     elif suffix == ".json":
@@ -225,6 +226,14 @@ def test_memory_is_flat(tmp_path, suffix, least):
         ("a.json", b'["\xff"]', "", "cannot be read"),
         ("a.csv", b"a,a\n1,2\n", ":1", "twice"),
         ("a.csv", b"a,b\n1,\xff\n", "", "cannot be read"),
+        ("a.csv", b"question;answer\nhi, you;yes\n", ":1", "has ';' between its cells"),
+        ("a.csv", b"question\tanswer\nhi, you\tyes\n", ":1", "has '\\t' between its cells"),
+        ("a.tsv", b"question,answer\nhi,yes\n", ":1", "has ',' between its cells"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "", "UTF-16"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16-le"), "", "UTF-16"),
+        ("a.jsonl.gz", gzip.compress('{"a": 1}\n'.encode("utf-16")), "", "UTF-16"),
+        ("a.json", '[{"a": 1}]'.encode("utf-16-be"), "", "UTF-16"),
+        ("a.csv", codecs.BOM_UTF16_BE + "a,b\n1,2\n".encode("utf-16-be"), "", "UTF-16"),
         ("a.parquet", b"PAR1 this is none", "", "cannot be read"),
         ("a.arrow", b"ARROW1 this is none", "", "cannot be read"),
         ("a.arrow", b"this is none", "", "cannot be read"),
@@ -262,6 +271,24 @@ def test_bad_rows_of_json_and_csv_are_named(tmp_path):
     assert [type(row) for _, row in found] == [dict, DataError, DataError, DataError, DataError, dict]
     assert [row.where for _, row in found[1:5]] == [f"{tmp_path}/a.csv:{line}" for line in (4, 5, 6, 7)]
     assert [origin.row for origin, _ in found] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_remedies_for_other_separators_and_encodings_work(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question;answer\nhi, you;yes\n")
+    assert "pandas.read_csv('a.csv', sep=';').to_csv('new.csv', index=False)" in fault(path).remedy
+    path.write_text("question\tanswer\nhi, you\tyes\n")
+    assert "name the file .tsv" in fault(path).remedy
+    assert rows(path.rename(tmp_path / "a.tsv")) == [{"question": "hi, you", "answer": "yes"}]
+    (tmp_path / "bad.tsv").write_text('a\tb\n1\n1,2\t"3\t4"\n')
+    (_, bad), (_, good) = read(tmp_path / "bad.tsv")
+    assert bad.found == "1 cells" and "tabs" in bad.remedy and good == {"a": "1,2", "b": "3\t4"}
+    (tmp_path / "b.jsonl").write_bytes('{"a": "é"}\n'.encode("utf-16"))
+    command = fault(tmp_path / "b.jsonl").remedy.removeprefix("convert it: ")
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    assert rows(tmp_path / "new-b.jsonl") == [{"a": "é"}]
+    (tmp_path / "c.jsonl").write_bytes(b'\0{"a": 1}\n{"a": 2}\n')  # a damaged line, and no other encoding
+    assert [type(row) for _, row in read(tmp_path / "c.jsonl")] == [DataError, dict]
 
 
 def test_a_long_cell_is_read(tmp_path):
@@ -303,8 +330,8 @@ def test_a_directory_of_files(tmp_path):
     (tmp_path / ".hidden.jsonl").write_text("x")
     found = read(tmp_path)
     assert [row["n"] for _, row in found] == [1, 1, 2, 2]
-    assert [origin.row for origin, _ in found] == [1, 2, 3, 4]
-    assert {origin.source for origin, _ in found} == {sources.describe(Source(path=str(tmp_path)))}
+    assert [str(origin) for origin, _ in found] == [f"{tmp_path}/part{n}.jsonl:{row}" for n in (1, 2) for row in (1, 2)]
+    assert sources.names(Source(path=str(tmp_path))) == [f"{tmp_path}/part{number}.jsonl" for number in (1, 2)]
     (tmp_path / "part2.jsonl").write_text("{\n")
     assert read(tmp_path)[2][1].where == f"{tmp_path}/part2.jsonl:1:2"
     (tmp_path / "a.csv").write_text("a\n1\n")

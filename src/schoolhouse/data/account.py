@@ -29,7 +29,7 @@ class Tally:
     """What became of some rows."""
 
     rows: Counter[str] = field(default_factory=Counter)
-    """By source."""
+    """By `Origin.source`."""
     verdicts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
@@ -98,17 +98,21 @@ class Account:
         for file, lines in ((self._dropped, tally.dropped), (self._bad, tally.set_aside)):
             file.writelines(json.dumps(line, ensure_ascii=False, default=_named) + "\n" for line in lines)
 
-    def close(self, data: Data, not_drawn: Mapping[str, int], names: Sequence[str]) -> Ledger:
-        """The ledger; raises DataError where more rows are bad than may be, or none is left."""
+    def close(self, data: Data, not_drawn: Mapping[str, int], owners: Mapping[str, str]) -> Ledger:
+        """The ledger; raises DataError where more rows are bad than may be, or none is left. `owners`: the source, as
+        the user wrote it, of each file."""
         self._dropped.close()
         self._bad.close()
         total, rows = self.total, self.total.rows.total()
         if total.bad > data.bad_share * rows:
             raise _faulty(total, data)
         if not total.counts["examples"]:
-            raise _nothing_left(total, names)
+            raise _nothing_left(total, list(dict.fromkeys(owners.values())))
+        by_source: Counter[str] = Counter()
+        for name, count in total.rows.items():
+            by_source[owners[name]] += count
         ledger = Ledger(
-            rows=rows, verdicts=dict(total.verdicts), dropped=dict(total.reasons), by_source=dict(total.rows),
+            rows=rows, verdicts=dict(total.verdicts), dropped=dict(total.reasons), by_source=dict(by_source),
             not_drawn=dict(not_drawn), **{name: total.counts[name] for name in _COUNTED},
         )
         assert ledger.rows == ledger.kept + sum(ledger.dropped.values()), ledger

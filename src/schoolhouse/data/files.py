@@ -1,4 +1,4 @@
-"""The rows of one file: `.jsonl`, `.ndjson` (also `.gz`), `.json`, `.csv`, `.parquet` and `.arrow`.
+"""The rows of one file: `.jsonl`, `.ndjson` (also `.gz`), `.json`, `.csv`, `.tsv`, `.parquet` and `.arrow`.
 
 All but `.json` are streamed: memory holds one line, one CSV row, or one batch of Arrow rows. A bad row is handed on as
 a DataError in its place, so that the reader goes on; a fault of the whole file is raised.
@@ -11,6 +11,7 @@ import csv
 import functools
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ Row = dict[str, Any] | DataError
 LONGEST_LINE = 64 * 2**20
 """Bytes of the longest line of a `.jsonl` file, characters of the longest cell of a `.csv` file; a longer one is a bad
 row, and is never held in memory as a whole."""
+_UTF16 = re.compile(rb"\xff\xfe|\xfe\xff|([^\0]\0){2}|(\0[^\0]){2}", re.DOTALL)
+"""How a text in UTF-16 begins, as PowerShell and spreadsheets write it: with a mark, or with every other byte zero."""
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
 def kind(path: Path) -> str | None:
@@ -36,6 +40,8 @@ def rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     if kind(path) in TABLES:
         arrow()  # what its import finds wrong is no fault of the file
     try:
+        if kind(path) not in TABLES:
+            _refuse_utf16(path, name)
         yield from READERS[kind(path)](path, name)
     except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
         raise DataError(
@@ -58,9 +64,24 @@ def count(path: Path) -> int | None:
     return None
 
 
+def _opened(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _refuse_utf16(path: Path, name: str) -> None:
+    with _opened(path) as file:
+        if _UTF16.match(file.read(4)):
+            packed = path.suffix.lower() == ".gz"
+            raise DataError(
+                "the file is UTF-16", required="text in UTF-8", where=name,
+                remedy="unpack it and convert it with iconv -f UTF-16 -t UTF-8" if packed
+                else f"convert it: iconv -f UTF-16 -t UTF-8 {path.name} > new-{path.name}",
+            )
+
+
 def _jsonl(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     """One object a line; a byte order mark, CRLF and blank lines are accepted."""
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(_lines(file), 1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
@@ -135,11 +156,13 @@ def _json(path: Path, name: str) -> Iterator[tuple[int, Row]]:
 
 
 def _csv(path: Path, name: str) -> Iterator[tuple[int, Row]]:
-    """Comma-separated values under a header; cells may span lines, and stay text."""
+    """Values under a header, with commas between them, in a `.tsv` file tabs; cells may span lines, and stay text."""
+    separator = "\t" if kind(path) == ".tsv" else ","
     csv.field_size_limit(LONGEST_LINE)  # the csv module has no other way; its own limit is less than a long document
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, delimiter=separator, strict=True)
         header = next(reader, [])
+        _check_separator(header, separator, name)
         if len(set(header)) < len(header):
             raise DataError(
                 f"a column stands twice in the header: {', '.join(header)}", required="each column once",
@@ -154,24 +177,37 @@ def _csv(path: Path, name: str) -> Iterator[tuple[int, Row]]:
                 return
             except csv.Error as error:
                 number, cells = number + 1, None
-                yield number, _bad_cells(f"broken CSV: {error}", f"{name}:{begin}", header)
+                yield number, _bad_cells(f"broken CSV: {error}", f"{name}:{begin}", header, separator)
             if cells:  # a blank line has none
                 number += 1
-                yield number, _row_of_cells(cells, header, f"{name}:{begin}")
+                yield number, _row_of_cells(cells, header, f"{name}:{begin}", separator)
 
 
-def _row_of_cells(cells: list[str], header: list[str], where: str) -> Row:
+def _check_separator(header: list[str], separator: str, name: str) -> None:
+    """Refuse a header that is one column here, and several where another character stands between them."""
+    other = next((one for one in _SEPARATORS if one != separator and one in header[0]), None) if header else None
+    if len(header) == 1 and other is not None:
+        tabs = "name the file .tsv, or " if other == "\t" else ""
+        raise DataError(
+            f"the header is one column, {header[0]!r:.60}: the file has {other!r} between its cells",
+            required=f"{_SEPARATORS[separator]} between the cells", where=f"{name}:1",
+            remedy=f"{tabs}write it again with commas, as .csv, e.g. by "
+            f"pandas.read_csv({Path(name).name!r}, sep={other!r}).to_csv('new.csv', index=False)",
+        )
+
+
+def _row_of_cells(cells: list[str], header: list[str], where: str, separator: str) -> Row:
     if len(cells) != len(header):
-        return _bad_cells(f"{len(cells)} cells", where, header)
+        return _bad_cells(f"{len(cells)} cells", where, header, separator)
     if any("\0" in cell for cell in cells):
-        return _bad_cells("a NUL byte", where, header)
+        return _bad_cells("a NUL byte", where, header, separator)
     return dict(zip(header, cells, strict=True))
 
 
-def _bad_cells(found: str, where: str, header: list[str]) -> DataError:
+def _bad_cells(found: str, where: str, header: list[str], separator: str) -> DataError:
     return DataError(
         found, required=f"{len(header)} cells, as in the header: {', '.join(header)}", where=where,
-        remedy="mend the line; a cell with commas, quotes or line breaks stands in quotes",
+        remedy=f"mend the line; a cell with {_SEPARATORS[separator]}, quotes or line breaks stands in quotes",
     )
 
 
@@ -184,7 +220,7 @@ def arrow() -> ModuleType:
 
 READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Row]]]] = {
     ".jsonl": _jsonl, ".ndjson": _jsonl, ".jsonl.gz": _jsonl, ".ndjson.gz": _jsonl,
-    ".json": _json, ".csv": _csv,
+    ".json": _json, ".csv": _csv, ".tsv": _csv,
     ".parquet": lambda path, name: enumerate(arrow().of_parquet(path), 1),
     ".arrow": lambda path, name: enumerate(arrow().of_arrow(path), 1),
 }

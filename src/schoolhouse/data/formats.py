@@ -4,11 +4,13 @@ The forms, and the columns they are recognised by:
 
     messages            messages | conversation            role and content, as OpenAI writes them
     sharegpt            conversations                      from and value
-    alpaca              instruction, output (input, history)
+    alpaca              instruction, output                texts
     prompt_completion   prompt, completion                 each a text, or a list of messages
     question_answer     question | query | prompt | instruction, with answer | response: the same
 
-Each may stand beside a `system` (or `system_prompt`), a `tools` (or `functions`), and an `images` (or `image`) column.
+Each may stand beside a `system` (or `system_prompt`), a `tools` (or `functions`), and an `images` (or `image`) column;
+questions and answers beside a `history` of earlier rounds, an `instruction` beside an `input`. Columns that would
+change what is taught, and that nothing here reads, are refused (`unread`); all others are left out.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from itertools import product
 from typing import Any
 
 from schoolhouse.config import Rows
-from schoolhouse.data import images
-from schoolhouse.data.messages import text, to_messages, to_tools
-from schoolhouse.errors import ConfigError, DataError
+from schoolhouse.data import images, unread
+from schoolhouse.data.messages import decoded, text, to_messages, to_tools
+from schoolhouse.errors import OF_A_FUNCTION, ConfigError, DataError
 from schoolhouse.types import Conversation, Message, Origin, Part
 
 _SYSTEM = ("system", "system_prompt")
@@ -59,6 +61,12 @@ class _Fields:
     def text(self, field: str) -> str:
         """The field's value, which must be a text."""
         return text(self[field], self.where(field))
+
+    def unread(self, form: _Form) -> dict[str, Any]:
+        """The row's columns that the form does not read."""
+        paths = [self.columns.get(field, field) for field in form.fields]
+        read = {*paths, *(path.split(".")[0] for path in paths)}
+        return {column: value for column, value in self.row.items() if column not in read}
 
     def first(self, names: tuple[str, ...]) -> str:
         """The name, of several for the same thing, that this row uses."""
@@ -101,7 +109,13 @@ def to_conversation(row: dict[str, Any], rows: Rows, origin: Origin) -> Conversa
 def _of_form(fields: _Fields, name: str | None, rows: Rows) -> Conversation:
     """The conversation of a row of the named form, or of the one its columns show."""
     form = _form(fields, name)
+    unread.refuse(
+        fields.unread(form), str(fields.origin), form=form.name, named=name is not None,
+        selected=rows.function is not None,
+    )
     messages = form.read(fields, form)
+    if messages[-1].role != "assistant" and unread.is_preference(fields.row):
+        raise unread.preference(fields.row, str(fields.origin))
     system, tools = fields.first(_SYSTEM), fields.first(_TOOLS)
     if fields[system]:
         messages = _with_system(fields.text(system), messages, fields.where(system))
@@ -163,33 +177,39 @@ def _read_messages(fields: _Fields, form: _Form) -> tuple[Message, ...]:
 
 def _read_alpaca(fields: _Fields, form: _Form) -> tuple[Message, ...]:
     """`history`, then the instruction with the input, if any, on the lines below it, then the output."""
-    question = fields.text("instruction")
+    question, answer = form.required
+    asked = fields.text(question)
     if fields["input"]:
-        question = f"{question}\n{fields.text('input')}"
-    answer = _answered(fields.text("output"), fields.where("output"))
-    return (*_history(fields["history"] or (), fields.where("history")), _said("user", question), answer)
+        asked = f"{asked}\n{fields.text('input')}"
+    return (*_history(fields), _said("user", asked), _answered(fields.text(answer), fields.where(answer)))
 
 
-def _history(pairs: object, where: str) -> tuple[Message, ...]:
-    """The messages of Alpaca's earlier rounds, a list of pairs of texts."""
+def _history(fields: _Fields) -> tuple[Message, ...]:
+    """The messages of earlier rounds, a list of pairs of texts, as Alpaca and ms-swift write them."""
+    where = fields.where("history")
+    pairs = decoded(fields["history"] or (), where)
     listed = isinstance(pairs, (list, tuple))
     if not listed or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         raise DataError(
-            f"{pairs!r:.60} is no history", required="a list of [instruction, output]", where=where,
-            remedy="mend the row",
+            f"{pairs!r:.60} is no history", required="a list of [question, answer]", where=where,
+            remedy="mend the row; a column that holds other things can be left out with data.messages",
         )
     texts = [text(one, where) for pair in pairs for one in pair]
     return tuple(_answered(one, where) if index % 2 else _said("user", one) for index, one in enumerate(texts))
 
 
 def _read_pair(fields: _Fields, form: _Form) -> tuple[Message, ...]:
-    """A question and its answer: texts, or lists of messages."""
+    """`history`, then a question and its answer: texts, or lists of messages."""
     question, answer = form.required
-    if not isinstance(fields[question], (list, tuple)):
+    lists = [isinstance(fields[one], (list, tuple)) for one in form.required]
+    if "input" in form.optional and (fields["input"] or not any(lists)):
+        return _read_alpaca(fields, form)
+    if not lists[0]:
         before = (_said("user", fields.text(question)),)
     else:
         before = tuple(_as_context(one) for one in to_messages(fields[question], fields.where(question)))
-    if not isinstance(fields[answer], (list, tuple)):
+    before = (*_history(fields), *before)
+    if not lists[1]:
         return (*before, _answered(fields.text(answer), fields.where(answer)))
     learnt = to_messages(fields[answer], fields.where(answer))
     _check_answer(learnt, fields.where(answer))
@@ -207,9 +227,9 @@ _FORMS = (
     _Form("messages", ("conversation",), _read_messages),
     _Form("sharegpt", ("conversations",), _read_messages),
     _Form("alpaca", ("instruction", "output"), _read_alpaca, optional=("input", "history")),
-    _Form("prompt_completion", ("prompt", "completion"), _read_pair),
+    _Form("prompt_completion", ("prompt", "completion"), _read_pair, optional=("history",)),
     *(
-        _Form("question_answer", pair, _read_pair)
+        _Form("question_answer", pair, _read_pair, ("input", "history") if "instruction" in pair else ("history",))
         for pair in product(("question", "query", "prompt", "instruction"), ("answer", "response"))
     ),
 )
@@ -233,12 +253,6 @@ def _form(fields: _Fields, name: str | None) -> _Form:
             f"the columns fit {' and '.join(_spelled(form) for form in fits)}", required="one form",
             where=str(fields.origin), remedy=f"name the columns, e.g. data.columns: {_example(fits[0])}",
         )
-    if name is None and fits[0].name == "question_answer" and fields["context"]:
-        raise DataError(
-            "the row has a `context` that question and answer would leave out", required="to know where it goes",
-            where=str(fields.origin),
-            remedy="say it with data.messages, or leave it out with data.format: question_answer",
-        )
     return fits[0]
 
 
@@ -255,6 +269,8 @@ def _example(form: _Form) -> str:
 
 
 def _unrecognised(fields: _Fields, name: str | None) -> DataError:
+    if unread.is_preference(fields.row):
+        return unread.preference(fields.row, str(fields.origin))
     known = {form.name: ", ".join(form.required) for form in reversed(_FORMS) if name in (None, form.name)}
     return DataError(
         f"the columns {_names(fields.row)} " + ("are of no known form" if name is None else f"do not fit {name}"),
@@ -355,7 +371,7 @@ def _call(name: str, row: dict[str, Any], origin: Origin) -> Mapping[str, Any] |
     function = _function(name)
     try:
         result = function(row)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except OF_A_FUNCTION as error:
         raise DataError(
             f"{name} raised {type(error).__name__}: {error}", required="a function that reads every row",
             where=str(origin), remedy="mend the function; it may return None to drop a row",

@@ -26,6 +26,8 @@ _ROLES = {
 _ROLE_OF = {alias: role for role, aliases in _ROLES.items() for alias in aliases}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("weight", "train", "loss", "loss_mask", "trainable", "loss_weight")
+_FINER = ("train_detail", "loss_scale")
+"""What peers say about parts of a message, and is not understood here."""
 _PARTS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 _CALL = 'an object such as {"type": "function", "function": {"name": "f", "arguments": {}}}'
 
@@ -100,6 +102,7 @@ def _message(value: object, where: str) -> Message:
         name=_optional_text(value, "name", where),
         weight=_weight(value, where),
     )
+    _check_weight(message, value, where)
     _check_substance(message, content, where)
     return message
 
@@ -279,6 +282,23 @@ def _weight(message: Mapping[str, Any], where: str) -> float | None:
             remedy="keep one of them",
         )
     return amounts.pop() if amounts else float(verdicts.pop())
+
+
+def _check_weight(message: Message, value: Mapping[str, Any], where: str) -> None:
+    """Refuse what would be asked for and not be in force: learning a message that is shown, or parts of one."""
+    finer = next((name for name in _FINER if value.get(name) not in (None, [], "")), None)
+    if finer is not None:
+        raise DataError(
+            f"the message has a {finer}, and is learnt as a whole or not at all here", where=where,
+            required=f"{', '.join(_WEIGHTS[:3])}: one weight for a message",
+            remedy=f"remove {finer}, and give the message a weight of its own, with data.function",
+        )
+    if message.weight and message.role != "assistant":
+        raise DataError(
+            f"a {message.role} message with the weight {message.weight:g}", where=where,
+            required="weights of assistant messages: what others say is shown, and never learnt",
+            remedy="remove the weight or make it 0, with data.function where there are many",
+        )
 
 
 def _is_weight(value: object) -> bool:

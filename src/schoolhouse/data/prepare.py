@@ -97,7 +97,8 @@ def _uncollected() -> Iterator[None]:
 def _build(
     data: Data, choice: Choice, serving: Serving, rules: Rules, fingerprint: str, progress: Progress, directory: Path
 ) -> None:
-    names = list(dict.fromkeys(sources.describe(source) for source in choice.sources))
+    owners = {name: sources.describe(source) for source in choice.sources for name in sources.names(source)}
+    names = list(owners)
     writer, kept, not_drawn = store.Writer(directory), account.Account(directory), Counter()
     expected = _expected(choice)
     work = functools.partial(_encode_chunk, serving, rules, dataclasses.replace(choice, sources=()), names)
@@ -105,7 +106,7 @@ def _build(
         writer.append(arrays, seen)
         kept.add(counted)
         progress(kept.total.rows.total(), expected)
-    writer.close(fingerprint, kept.close(data, not_drawn, names), names)
+    writer.close(fingerprint, kept.close(data, not_drawn, owners), names)
 
 
 def _expected(choice: Choice) -> int | None:

@@ -1,7 +1,7 @@
 """Where rows come from: files, directories, saved data sets, the Hugging Face hub, and the starter lessons.
 
     data.jsonl  data.json  data.csv  data.parquet      a file
-    data  data:train                                   a directory of such files; their names may begin with a split
+    data  data:train                                   a directory of such files (`directories`)
     saved  saved:train                                 what `datasets.save_to_disk` wrote
     openai/gsm8k:main:train                            a hub data set: name, configuration, split
     starter/arithmetic:train                           a lesson that is made on the spot
@@ -14,15 +14,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from schoolhouse.config import Source
-from schoolhouse.data import files
+from schoolhouse.data import directories, files
 from schoolhouse.errors import DataError
 from schoolhouse.types import Origin
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:/]*(:.+)?)?", re.ASCII)
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class _Place:
     files: tuple[Path, ...] = ()
     """The data files; of a saved data set, its Arrow files."""
     name: str = ""
-    """The saved data set's directory, the hub's name, or the lesson."""
+    """The directory, of files or of a saved data set; the hub's name, or the lesson; empty for a single file."""
     config: str | None = None
     split: str = "train"
 
@@ -49,8 +49,9 @@ class _Place:
 def read(source: Source, *, start: int = 0) -> Iterator[tuple[Origin, dict[str, Any] | DataError]]:
     """Every row from number `start` on, or the DataError of a bad row in its place; `source.limit` counts from row 0.
 
-    `Origin.row` is the line in a `.jsonl` file, else the position, from 1. Raises DataError for a source that is
-    missing, unreadable as a whole, or empty.
+    `Origin.source` is one of the `names`, the row's file where the source is a directory of files. `Origin.row` is the
+    line in a `.jsonl` file, else the position, from 1. Raises DataError for a source that is missing, unreadable as a
+    whole, or empty.
     """
     return _counted(islice(_rows(_place(source), source), source.limit), start, source)
 
@@ -65,8 +66,17 @@ def count(source: Source) -> int | None:
 
 
 def describe(source: Source) -> str:
-    """The source as the user wrote it: `Origin.source` of all its rows."""
+    """The source as the user wrote it."""
     return source.path
+
+
+def names(source: Source) -> list[str]:
+    """Each `Origin.source` that its rows can have: the source as the user wrote it, or a directory's files."""
+    return _names(_place(source), source)
+
+
+def _names(place: _Place, source: Source) -> list[str]:
+    return [str(file) for file in place.files] if place.kind == "files" and place.name else [source.path]
 
 
 def fingerprint(source: Source) -> str:
@@ -75,6 +85,8 @@ def fingerprint(source: Source) -> str:
     digest = hashlib.sha256(f"{place.kind} limit={source.limit}".encode())
     for file in place.files:
         digest.update(f"\n{files.kind(file)} ".encode() + _hash(file, source))
+        if place.kind == "files" and place.name:  # each row is known by its file
+            digest.update(os.fsencode(file.relative_to(place.name)))
     if place.kind == "hub":
         digest.update(_hub(place, source)._fingerprint.encode())  # of name, configuration, split and revision
     if place.kind == "starter":
@@ -105,11 +117,11 @@ def _counted(
 
 def _rows(place: _Place, source: Source) -> Iterator[tuple[Origin, dict[str, Any] | DataError]]:
     match place.kind:
-        case "files" if len(place.files) == 1:
-            numbered = files.rows(place.files[0], source.path)
         case "files":
-            every = (row for file in place.files for _, row in files.rows(file, str(file)))
-            numbered = enumerate(every, 1)
+            for file, name in zip(place.files, _names(place, source), strict=True):
+                for number, row in files.rows(file, name):
+                    yield Origin(name, number), row
+            return
         case "starter":
             from schoolhouse.starter import lessons
 
@@ -183,46 +195,15 @@ def _local(path: Path, split: str | None, where: str) -> _Place:
         return _Place("files", (path,))
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
-        return _saved_place(path / _chosen(splits, split, where))
+        return _saved_place(path / directories.split_of(splits, split, where))
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return _saved_place(path)
-    return _Place("files", _files_in(path, split, where))
+    return _Place("files", directories.chosen(path, split, where), name=str(path))
 
 
 def _saved_place(path: Path) -> _Place:
     state = json.loads((path / "state.json").read_text("utf-8"))
     return _Place("saved", tuple(path / one["filename"] for one in state["_data_files"]), name=str(path))
-
-
-def _files_in(path: Path, split: str | None, where: str) -> tuple[Path, ...]:
-    """The data files of a directory, in the order of their names: of one kind, and of one split if they name any."""
-    found = sorted(file for file in path.iterdir() if files.kind(file) and file.is_file() and file.name[0] not in "._")
-    splits = {match[1].lower() for file in found if (match := _SPLIT.match(file.name))}
-    if split is not None or len(splits) > 1:
-        wanted = _chosen(sorted(splits), split, where)
-        found = [file for file in found if (match := _SPLIT.match(file.name)) and match[1].lower() == wanted]
-    kinds = sorted({str(files.kind(file)) for file in found})
-    if len(kinds) != 1:
-        raise DataError(
-            f"a directory with files of the kinds {', '.join(kinds)}" if kinds else "a directory without data files",
-            required=f"files of one kind: {', '.join(files.READERS)}", where=where,
-            remedy="name one file, or list several sources",
-        )
-    return tuple(found)
-
-
-def _chosen(splits: Sequence[str], wanted: str | None, where: str) -> str:
-    """The split that is wanted, or where none is, the only one or `train`."""
-    if wanted is None and len(splits) == 1:
-        return splits[0]
-    if (chosen := "train" if wanted is None else wanted) in splits:
-        return chosen
-    path = where if wanted is None else where.removesuffix(f":{wanted}")
-    raise DataError(
-        f"there is no split {chosen!r}", where=where,
-        required=f"one of the splits {', '.join(splits)}" if splits else "no split: nothing here names any",
-        remedy=f"write {path}:{splits[0]}" if splits else f"write {path}",
-    )
 
 
 # The datasets library, imported only where it is needed.
