@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,22 +91,18 @@ def test_exact_and_contains() -> None:
     assert graders.contains("in Paris.", " Paris ").correct and not graders.contains("Rome", "Paris").correct
 
 
-def test_own_grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_grader(own_module: Callable[[str, str], str]) -> None:
     """`module:function` is imported and its truth taken; what it compared is the whole answer."""
-    (tmp_path / "my_own_grader.py").write_text("def lenient(answer, reference):\n    return reference[0] in answer\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    grade = graders.grader("my_own_grader:lenient")
+    name = own_module("my_own_grader", "def lenient(answer, reference):\n    return reference[0] in answer\n")
+    grade = graders.grader(f"{name}:lenient")
     assert grade("xyz", "yes") == graders.Grade(True, "xyz") and not grade("x", "yes").correct
 
 
 @pytest.mark.parametrize("raised", ["assert answer", "answer[9]", "int(answer)", "raise RuntimeError"])
-def test_an_own_grader_that_fails_names_the_answer(
-    raised: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / f"grader_{len(raised)}.py").write_text(f"def grade(answer, reference):\n    {raised}\n")
-    monkeypatch.syspath_prepend(tmp_path)
+def test_an_own_grader_that_fails_names_the_answer(raised: str, own_module: Callable[[str, str], str]) -> None:
+    name = own_module("my_failing_grader", f"def grade(answer, reference):\n    {raised}\n")
     with pytest.raises(ConfigError, match="raised") as caught:
-        graders.grader(f"grader_{len(raised)}:grade")("", "seven")
+        graders.grader(f"{name}:grade")("", "seven")
     assert caught.value.where == "the answer '' to 'seven'"
 
 

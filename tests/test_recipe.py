@@ -97,6 +97,8 @@ def test_what_another_trainer_calls_it_is_explained(tmp_path: Path) -> None:
     """Names are others', and so may units be."""
     said = mistake(tmp_path, SHORT, "train.warmup_steps=10")
     assert "did you mean optim.warmup? (Share of the steps in which the learning rate rises" in said
+    for key, near in (("n_gpus", "--nproc"), ("trian", "train")):  # of which the schema says nothing
+        assert mistake(tmp_path, SHORT, f"{key}=8").endswith(f"did you mean {near}?")
 
 
 def test_overrides_open_short_forms(tmp_path: Path) -> None:
@@ -422,7 +424,7 @@ def test_every_setting_says_what_it_is() -> None:
 
 def settings_of(section: type[BaseModel], prefix: str = ""):
     for name, field in section.model_fields.items():
-        inner = recipes._model_in(field.annotation)
+        inner = recipes.section_in(field.annotation)
         if inner is None:
             yield prefix + name, field
         elif inner.__name__ != "Source":

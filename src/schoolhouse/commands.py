@@ -333,7 +333,8 @@ def schema(options: Namespace) -> None:
     """The JSON Schema of a recipe, or its settings as a page."""
     from schoolhouse import reference
 
-    print(reference.markdown(), end="") if options.markdown else print(json.dumps(Recipe.model_json_schema(), indent=1))
+    said = reference.markdown() if options.markdown else json.dumps(Recipe.model_json_schema(), indent=1) + "\n"
+    print(said, end="")
 
 
 def env(options: Namespace) -> None:

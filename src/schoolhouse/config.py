@@ -17,7 +17,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 NaturalFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
 Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
-Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Decay = Share
 Switch = Annotated[bool, Field(strict=True)]
 
 

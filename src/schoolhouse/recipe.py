@@ -245,23 +245,24 @@ def _section(key: Key) -> type[BaseModel] | None:
         if isinstance(part, int):
             continue
         field = section.model_fields.get(part)
-        inner = _model_in(field.annotation) if field else None
+        inner = section_in(field.annotation) if field else None
         if inner is None:
             return None
         section = inner
     return section
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section class that an annotation holds."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+    return next((found for part in get_args(annotation) if (found := section_in(part))), None)
 
 
 def _all_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
-        inner = _model_in(field.annotation)
+        inner = section_in(field.annotation)
         keys += [prefix + name] + (_all_keys(inner, f"{prefix}{name}.") if inner else [])
     return keys
 
@@ -283,16 +284,21 @@ def _nearest_key(key: Key) -> str | None:
     return every[near[0]] if near else None
 
 
-def _documentation(key: Key) -> str:
-    """The setting's own description."""
+def _description(key: Key) -> str:
+    """What the schema says of a setting; empty where it says nothing."""
     section = _section(key[:-1]) if key else None
     field = section.model_fields.get(str(key[-1])) if section else None
-    return (field.description if field else None) or "settings that fit together"
+    return (field.description if field else None) or ""
+
+
+def _documentation(key: Key) -> str:
+    """The setting's own description."""
+    return _description(key) or "settings that fit together"
 
 
 def _first_sentence(name: str) -> str:
     """Of a setting's description, in brackets: units differ from those of others."""
-    text = _documentation(tuple(name.split("."))) if _section(tuple(name.split(".")[:-1])) else ""
+    text = _description(tuple(name.split(".")))
     return f" ({text.partition('. ')[0].rstrip('.')})" if text else ""
 
 

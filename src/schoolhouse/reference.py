@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from schoolhouse import peers
 from schoolhouse.config import Recipe
+from schoolhouse.recipe import section_in
 
 INTRODUCTION = """\
 # Settings
@@ -24,10 +25,10 @@ of theirs in a recipe is an error that says ours.
 
 def markdown() -> str:
     """The page, a table for each section."""
-    alone = {name: field for name, field in Recipe.model_fields.items() if _section(field.annotation) is None}
+    alone = {name: field for name, field in Recipe.model_fields.items() if section_in(field.annotation) is None}
     tables = [_table(Recipe.__doc__, "", alone)]
     tables += [
-        _table(field.description or "", f"{name}.", _section(field.annotation).model_fields, f"## {name}\n\n")
+        _table(field.description or "", f"{name}.", section_in(field.annotation).model_fields, f"## {name}\n\n")
         for name, field in Recipe.model_fields.items() if name not in alone
     ]
     return "\n".join([INTRODUCTION, *tables])
@@ -41,7 +42,7 @@ def _table(about: str, prefix: str, fields: dict[str, FieldInfo], title: str = "
 
 def _rows(prefix: str, fields: dict[str, FieldInfo]) -> Iterator[tuple[str, ...]]:
     for name, field in fields.items():
-        key, inner = prefix + name, _section(field.annotation)
+        key, inner = prefix + name, section_in(field.annotation)
         words = ", ".join(f"`{word}`" for word in peers.WORDS.get(key, "").split())
         chosen = " or ".join(f"`{value}`" for value in _words(field.annotation))
         yield f"`{key}`", _default(field), _line(field.description or "") + (f" One of {chosen}." * bool(chosen)), words
@@ -63,12 +64,6 @@ def _default(field: FieldInfo) -> str:
 def _line(text: str) -> str:
     """As the cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _section(part))), None)
 
 
 def _words(annotation: Any) -> list[str]:

@@ -118,11 +118,16 @@ class Run:
         self._compare(step, "exam", score["score"])
         self.screen.say(f"exam after step {step}: {score['correct']} of {score['count']} ({score['score']:.1%})")
 
+    @property
+    def judge(self) -> str:
+        """What lets the recipe choose the best step."""
+        return self.recipe.checkpoint.best or "exam"
+
     def _compare(self, step: int, by: str, score: float) -> None:
         """Whether this step is the best, by what the recipe lets choose; of equals the later, which learnt more."""
-        if not step or by != (self.recipe.checkpoint.best or "exam") or not math.isfinite(score):
+        if not step or by != self.judge or not math.isfinite(score):
             return
-        if self.best is None or self.best.get("by", "exam") != by or score >= self.best["score"]:
+        if self.best is None or score >= self.best["score"]:
             self.best = {"step": step, "score": score, "by": by}
 
     def save_is_due(self, step: int, *, asked: bool) -> bool:
@@ -276,7 +281,8 @@ def _resume(run: Run, found: Checkpoint | None) -> None:
          for key, entry in moments.items() for name in [key.partition(".")[2]]},
     )
     run.record.rewind(found.step)
-    run.done, run.best, run.skipped = found.step, found.state["best"], found.state.get("skipped", 0)
+    run.done, run.skipped, best = found.step, found.state.get("skipped", 0), found.state["best"]
+    run.best = best if best and best.get("by", "exam") == run.judge else None  # another judge begins anew
     run.record.event(f"resumed from step {found.step}", step=found.step)
     run.screen.say(f"resumed from step {found.step} (verified)")
 

@@ -28,8 +28,8 @@ def uncut(*, stderr: bool = False, **more: Any) -> Console:
 class Screen:
     """Writes to standard error, so that standard output holds only what was asked for."""
 
-    def __init__(self, screen: Console | None = None) -> None:
-        self.console = screen or uncut(stderr=True, soft_wrap=True)
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or uncut(stderr=True, soft_wrap=True)
 
     @classmethod
     def of(cls, first: bool) -> Screen:

@@ -133,13 +133,12 @@ def _open_model(settings: Model, device: str, adapters: Lora | None = None) -> t
 
 
 def _recipe(directory: Path) -> Recipe:
-    path = directory / "run.json"
-    if not path.is_file():
+    if not is_run(directory):
         raise CheckpointError(
             f"{directory} is no run directory", required="a directory that `schoolhouse run` wrote",
             where=str(directory), remedy="check the path",
         )
-    info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    info: dict[str, Any] = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     recipe = Recipe.model_validate(info["recipe"])
     inert.refuse_other_code(info, places.directory_of(recipe.model), directory)
     return recipe

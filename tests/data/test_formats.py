@@ -1,7 +1,6 @@
 """Rows of every form become the same conversation; what cannot is an error with its place."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -176,19 +175,17 @@ def test_a_row_template_sees_mapped_columns_and_tools():
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_rows.py").write_text(
+def module(own_module):
+    return own_module(
+        "my_rows",
         "def messages(row):\n"
         "    return {'messages': [{'role': 'user', 'content': row['q']}, {'role': 'model', 'content': 'yes'}]}\n"
         "def pair(row): return {'question': row['q'], 'answer': 'yes'}\n"
         "def drop(row): return None\n"
         "def wrong(row): return [row]\n"
         "def sure(row): assert row['q'] == 'ho'\n"
-        "def failing(row): raise RuntimeError('no')\n"
+        "def failing(row): raise RuntimeError('no')\n",
     )
-    yield "my_rows"
-    sys.modules.pop("my_rows", None)
 
 
 def test_a_function_of_the_users(module):

@@ -1,49 +1,30 @@
 """Nothing that changes what is taught vanishes from a row: it is read, or refused with a remedy that works."""
 
 import json
-import sys
 
 import pytest
+from test_formats import ORIGIN, TALK, fault, said
 
 from schoolhouse.config import Rows
 from schoolhouse.data.formats import to_conversation
-from schoolhouse.errors import DataError
-from schoolhouse.types import Origin
 
-ORIGIN = Origin("rows.jsonl", 12)
-TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 SAID = [("user", "hi"), ("assistant", "yes")]
 EARLIER = [("user", "q0"), ("assistant", "r0")]
 PAIRS = [("instruction", "output"), ("prompt", "completion"), ("query", "response"), ("question", "answer"),
          ("instruction", "response"), ("instruction", "answer"), ("prompt", "response")]
 ROWS = [*(dict(zip(pair, ("hi", "yes"), strict=True)) for pair in PAIRS), {"messages": TALK}, {"conversations": TALK}]
-TEMPLATE = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-
-
-def said(row, **rows):
-    return [(message.role, message.text) for message in to_conversation(row, Rows(**rows), ORIGIN).messages]
-
-
-def fault(row, **rows):
-    with pytest.raises(DataError) as caught:
-        to_conversation(row, Rows(**rows), ORIGIN)
-    error = caught.value
-    assert error.found and error.required and error.remedy and error.where.startswith(str(ORIGIN))
-    return error
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_choice.py").write_text(
+def mine(own_module):
+    return own_module(
+        "my_choice",
         "def good(row): return row if row['label'] else None\n"
         "def same(row): return row\n"
         "def weighted(row): return {'messages': [{'role': 'user', 'content': row['question']},\n"
         "    {'role': 'assistant', 'content': row['answer'], 'weight': row['weight']}]}\n"
-        "def joined(row): return {'messages': [*row['conversations'], row['chosen']]}\n"
+        "def joined(row): return {'messages': [*row['conversations'], row['chosen']]}\n",
     )
-    yield "my_choice"
-    sys.modules.pop("my_choice", None)
 
 
 # History and input.
@@ -60,7 +41,7 @@ def test_every_question_has_its_history(pair):
         assert said({**row, "history": nothing}) == SAID
     for wrong in ("fever since May", [["q0"]], [{"role": "user"}], [["q0", 7]], [["q0", ""]]):
         assert fault({**row, "history": wrong}).where == f"{ORIGIN} history"
-    assert said({**row, "history": "fever since May"}, messages=TEMPLATE) == SAID
+    assert said({**row, "history": "fever since May"}, messages=TALK) == SAID
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -74,7 +55,7 @@ def test_an_input_is_joined_to_an_instruction_and_refused_elsewhere(pair):
         form = "prompt_completion" if "completion" in pair else "question_answer"
         assert "`input`" in error.found and f"data.format: {form}" in error.remedy
         assert said(row, format=form) == said({**row, "input": ""}) == said({**row, "input": None}) == SAID
-        template = [{"role": "user", "content": f"{{{pair[0]}}} {{input}}"}, TEMPLATE[1]]
+        template = [{"role": "user", "content": f"{{{pair[0]}}} {{input}}"}, TALK[1]]
         assert said(row, messages=template) == [("user", "hi 1 2"), ("assistant", "yes")]
 
 
@@ -105,7 +86,7 @@ def test_a_row_that_shows_a_video_or_a_sound_is_refused(row, column):
         assert f"shows {kind} (`{column}`)" in error.found and ("frames" in error.remedy) == (kind == "video")
     for nothing in (None, [], "", {"bytes": None, "path": None}, [None]):
         assert said({**row, column: nothing}) == SAID
-    assert said({**row, column: "a.mp4"}, messages=TEMPLATE) == SAID
+    assert said({**row, column: "a.mp4"}, messages=TALK) == SAID
 
 
 def test_the_result_of_a_function_is_held_to_the_same(mine):
@@ -174,7 +155,7 @@ def test_a_weight_beside_the_messages_is_refused_unless_it_is_one(row, column):
     for weight in (0.5, 0, 2, 0.0, False, "0.5", float("nan")):
         error = fault({**row, column: weight})
         assert column in error.found and "data.function" in error.remedy
-        assert said({**row, column: weight}, messages=TEMPLATE) == SAID
+        assert said({**row, column: weight}, messages=TALK) == SAID
     for weight in (1, 1.0, True, None, "1", "heavy", 10**400):
         assert said({**row, column: weight}) == SAID
 

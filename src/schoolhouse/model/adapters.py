@@ -25,8 +25,7 @@ def suits(layer: nn.Module) -> bool:
     """Whether a part of a model is PEFT's adapted linear layer, and does no more than stands above."""
     if PEFT not in sys.modules or type(layer) is not sys.modules[PEFT].Linear or layer.lora_variant:
         return False
-    factors = [*layer.lora_A.values(), *layer.lora_B.values()]
-    return all(map(_is_plain, [layer.base_layer, *factors])) and all(one.bias is None for one in factors)
+    return _only_multiply(layer.base_layer, *layer.lora_A.values(), *layer.lora_B.values())
 
 
 def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -51,12 +50,17 @@ def _alone(layer: nn.Module) -> str | None:
 def _agree(layer: nn.Module, name: str, states: Tensor) -> bool:
     """Whether states and the layer's matrices are of one format, the factors alone may learn, and nobody listens."""
     base, first, second = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
-    if not all(map(_is_plain, (base, first, second))) or first.bias is not None or second.bias is not None:
+    if not _only_multiply(base, first, second):
         return False
     frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
     met = [one for one in (*frozen, first.weight, second.weight) if type(one.data) is Tensor]  # 4 bits are widened
     return states.ndim > 1 and all(one.dtype == states.dtype for one in met) \
         and not any(one.requires_grad for one in frozen) and not torch.is_autocast_enabled(states.device.type)
+
+
+def _only_multiply(base: nn.Module, *factors: nn.Module) -> bool:
+    """Whether all are plain, and the factors add nothing."""
+    return all(map(_is_plain, (base, *factors))) and all(one.bias is None for one in factors)
 
 
 def _is_plain(one: nn.Module) -> bool:
