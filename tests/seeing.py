@@ -34,6 +34,12 @@ MIXED = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]
 TOWER = {"depth": 3, "hidden_size": 24, "intermediate_size": 32, "num_heads": 2, "patch_size": PATCH,
          "out_hidden_size": 32}
 QWEN3_TOWER = {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
+QWEN35_TOWER = {**TOWER, "num_position_embeddings": 16}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "rope_parameters": {**MIXED, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
 SETTINGS = {
     "qwen3_vl": {"text_config": {**TEXT, "rope_parameters": {**MIXED, "mrope_interleaved": True}},
@@ -42,6 +48,11 @@ SETTINGS = {
                      "vision_config": QWEN3_TOWER, **TOKENS},
     "qwen2_5_vl": {"text_config": {**TEXT, "rope_parameters": MIXED}, **TOKENS,
                    "vision_config": {**TOWER, "window_size": 16, "fullatt_block_indexes": [1]}},
+    "qwen2_vl": {"text_config": {**TEXT, "rope_parameters": MIXED}, **TOKENS, "vision_config": {
+        "depth": 3, "embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2, "patch_size": PATCH}},
+    "qwen3_5": {"text_config": {**TEXT, **DELTA}, "vision_config": QWEN35_TOWER, **TOKENS},
+    "qwen3_5_moe": {"text_config": {**TEXT, **DELTA, **EXPERTS, "shared_expert_intermediate_size": 16},
+                    "vision_config": QWEN35_TOWER, **TOKENS},
     "gemma3": {"text_config": {**TEXT, "sliding_window": 7, "query_pre_attn_scalar": 8, "layer_types": [
                    "sliding_attention", "full_attention", "sliding_attention"]},
                "vision_config": {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,

@@ -23,7 +23,9 @@ from schoolhouse.export import Trained
 from schoolhouse.model import load
 from schoolhouse.starter import miniatures
 
-MIXTURES = ("qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+MIXTURES = (
+    "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "qwen3_next", "granitemoehybrid", "nemotron_h",
+)
 PROMPTS = ["Tom has 3 pens. How many?", "Mia buys 4 boxes of 5 eggs and gives away 7. How many eggs are left?"]
 WRITTEN = 12
 """Tokens of an answer: random weights never stop by themselves."""

@@ -116,6 +116,32 @@ def test_every_kind_of_file_trains_the_same(
     assert ledger["rows"] == ledger["kept"] == len(rows)
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_what_sees_is_not_trained_where_nothing_is_shown(
+    lora: dict[str, Any] | None, rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weight decay alone would change it: refused by check and by run, until it is frozen."""
+    path, (row, *_) = tmp_path / "recipe.yaml", (row for row in rows if row["image"] is None)
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps({**row, 'image': None})}\n" * 8, encoding="utf-8")
+    changes = {"data": {"train": str(tmp_path / "rows.jsonl")}, "train": {"steps": 1}, "lora": lora, "optim": {}}
+    path.write_text(json.dumps({**RECIPE, **changes}), encoding="utf-8")
+    for command in ("check", "run"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, str(path), f"directory={tmp_path / 'run'}"])
+        assert ended.value.code == 2 and "no row has an image" in capsys.readouterr().err
+    cli.main(["run", str(path), f"directory={tmp_path / 'other'}", "model.freeze=[vision,projector]"])
+
+
+def test_a_student_with_states_learns_to_see(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Qwen3.5: its layers with a state are told, its run ends with an exam, and its export is verified."""
+    done = trained(tmp_path, as_lines(rows, tmp_path), model="starter/qwen3.5", train={"steps": 2}, exam=EXAM)
+    info = json.loads((done / "run.json").read_text(encoding="utf-8"))
+    told = {one["what"]: one["value"] for one in info["in_force"]}
+    assert "2 layers carry a state along the sequence" in told["attention"]
+    assert told["tokenizer"] == "Qwen3_5Tokenizer, as tokenizer.json"
+    cli.main(["export", str(done)])
+
+
 def test_encoded_images_are_not_written_into_the_ledger(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     """A bad row is named with its content, and its image by its size."""
     broken = [dict(row) for row in rows]

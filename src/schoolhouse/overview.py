@@ -23,7 +23,7 @@ from schoolhouse.data import plan as plans
 from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
-from schoolhouse.model import families, fourbit, load, lora, shared_prefixes, teaching
+from schoolhouse.model import families, fourbit, load, lora, shared_prefixes, sight, teaching
 from schoolhouse.screen import Screen, uncut
 from schoolhouse.types import Conversation, EncodedRow, Example
 
@@ -41,6 +41,7 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
     plan = plans.plan(train, recipe, shares=shares)
     longest = int(train.lengths.max())
     families.refuse_length(skeleton, longest)
+    sight.refuse_unseen(skeleton, shown=train.shows)
     in_force = {**_in_force(recipe, model), **taught, **tokens.beyond(serving.directory, longest)}
     asked = evaluate.questions(recipe, model)
     if asked:

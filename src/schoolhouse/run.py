@@ -29,7 +29,7 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.served import Served
 from schoolhouse.data.store import Store
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.model import blocks, families, flops, fourbit, load, lora, products, spread
+from schoolhouse.model import blocks, families, flops, fourbit, load, lora, products, recurrent, sight, spread
 from schoolhouse.model.load import Student
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel.mesh import Mesh
@@ -201,6 +201,7 @@ def begin(recipe: Recipe, path: Path, screen: Screen, mesh: Mesh, back: Return =
         # a student that is cut has float32 masters by itself, and gathers them in the precision of its matrix products
         optimizer = Optimizer(student.model, recipe.optim, recipe.model.precision if mesh.world == 1 else "float32")
     families.refuse_length(student.model, int(store.lengths.max()))
+    sight.refuse_unseen(student.model, shown=store.shows)
     student.add_in_place(optimizer.total)
     plan = plans.plan(store, recipe, _packs_at_once(previous, mesh), shares=not student.apart)
     steps = recipe.train.steps or recipe.train.epochs * plan.steps_per_epoch
@@ -324,8 +325,8 @@ def _info(
         "objective": run.student.teaching.describe(),
         "optimizer": run.optimizer.describe(),
         "learning rate": optim.told(recipe.optim, run.steps, adapters=recipe.lora is not None),
-        "attention": f"packed and isolated, {run.student.kernels.said}; equal to {type(model).__name__}'s own to "
-        f"{difference:.0e}",
+        "attention": f"packed and isolated, {run.student.kernels.said}{recurrent.describe(model)}; equal to "
+        f"{type(model).__name__}'s own to {difference:.0e}",
         "shared prefixes": f"computed apart: {run.student.apart}" if run.student.apart else
         "what several examples of a micro-batch begin with is computed once",
         "data": f"{run.store.ledger.rows:,} rows, {len(run.store):,} examples, "

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from schoolhouse.config import Lora
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import lora
+from schoolhouse.model import lora, recurrent
 from schoolhouse.starter import miniatures
 
 TYPES = ["qwen3", "qwen3_moe", "gpt_oss", "deepseek_v3"]
@@ -109,6 +109,21 @@ def test_experts_are_never_skipped_silently() -> None:
     one = model("qwen3_moe")
     lora.inject(one, Lora(experts=False))
     assert "experts.down_proj 2" in lora.describe(one, Lora(experts=False)).split("frozen:")[1]
+
+
+@pytest.mark.parametrize("model_type", ["falcon_h1", "granitemoehybrid", "nemotron_h"])
+def test_what_kernels_read_without_adapters_is_left_out(model_type: str) -> None:
+    """Mamba's fused kernels are handed `out_proj.weight`: adapters beside it would be trained on no GPU. PEFT knows it
+    of some of these models."""
+    settings = Lora(experts=None if model_type == "falcon_h1" else False)
+    one = model(model_type)
+    with_state = [name for name, layer in one.named_modules() if layer in recurrent.layers(one)]
+    lora.inject(one, settings)
+    beside = {each.tensor for each in lora.adapted(one)}
+    assert with_state and all(f"{name}.in_proj.weight" in beside for name in with_state)
+    assert not any(f"{name}.out_proj.weight" in beside for name in with_state)
+    with pytest.raises(ConfigError, match="kernels of Mamba"):
+        lora.inject(model(model_type), settings.model_copy(update={"targets": ("in_proj", "out_proj")}))
 
 
 def test_the_description_counts_by_kind() -> None:

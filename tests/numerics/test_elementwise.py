@@ -29,6 +29,9 @@ OTHERS = {
     "qwen3_moe": ["norms", "rotations"],  # every part of it is experts
     "deepseek_v2": ["gates", "norms"],  # turns by complex numbers
     "gpt_oss": [],
+    **{family: ["gates", "norms"] for family in ("qwen3_5_text", "qwen3_next")},  # turn a part of each head
+    **{family: ["norms", "rotations"] for family in ("lfm2", "falcon_h1", "granitemoehybrid")},
+    "nemotron_h": [],
 }
 
 
@@ -64,14 +67,16 @@ def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize("family", miniatures.ARCHITECTURES)
 def test_every_architecture(family: str, number: torch.dtype) -> None:
     """Forward is the same bit by bit; backward sums in another order: 6e-7 was seen in float32, 1.3e-2 in bfloat16,
-    where one rounding is 4e-3."""
+    where one rounding is 4e-3. Of Gated DeltaNet's decay transformers' own gradient is 6e-5 away from float64's, ours
+    as far, and they are 1.4e-5 apart."""
     one = model(family, number)
     logits, wanted = learnt(one)
     elementwise.lighten(one)
     assert elementwise.lighter(one) == OTHERS.get(family, ALL)
     found, gradients = learnt(one)
     assert torch.equal(found, logits)
-    assert distance(gradients, wanted) < (2e-6 if number == torch.float32 else 4e-2)
+    exact = 3e-5 if any("A_log" in name for name in gradients) else 2e-6
+    assert distance(gradients, wanted) < (exact if number == torch.float32 else 4e-2)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss"])

@@ -16,7 +16,9 @@ from schoolhouse.model import attention, elementwise, isolation, lora
 from schoolhouse.model.load import Student
 from schoolhouse.starter import miniatures
 
-MIXTURES = ("qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+MIXTURES = (
+    "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "qwen3_next", "granitemoehybrid", "nemotron_h",
+)
 LATENT = ("deepseek_v2", "deepseek_v3")
 
 

@@ -46,7 +46,7 @@ def compare(family: str, way: str, added: Teaching = PLAIN) -> float:
         placed.teaching = added
         fsdp.shard(placed, mesh, torch.float64, offload=False)
         loss, *_ = train.compute_gradient(placed, step_of(a_store(taught), mesh, "uneven", 200), seed=0)
-    assert placed.exchange.calls >= 4 * one.model.config.num_hidden_layers  # to heads and back, both directions
+    assert placed.exchange.calls >= 4 * len(one.work.windows) > 0  # to heads and back, both directions
     found = {name: each.grad for name, each in placed.model.named_parameters() if each.requires_grad}
     assert all("lora_" in name for name in found) == (way == "lora")
     worst, longest = abs(loss - wanted_loss) / wanted_loss, max(float(each.norm()) for each in wanted.values())

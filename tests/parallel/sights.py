@@ -92,6 +92,7 @@ def named(world: int) -> dict[str, Callable[[], float | list[int]]]:
             ("qwen3_vl", "one rank blind", (1, 2, 1)), ("qwen3_vl", "one rank blind", (2, 1, 1)),
             ("qwen3_vl", "mixed", (1, 1, 2)), ("qwen3_vl", "text", (1, 1, 2)), ("qwen3_vl", "text", (1, 2, 1)),
             ("qwen3_vl_moe", "mixed", (1, 1, 2)), ("qwen2_5_vl", "mixed", (1, 1, 2)),
+            ("qwen2_vl", "mixed", (1, 1, 2)), ("qwen3_5", "mixed", (1, 1, 2)), ("qwen3_5_moe", "mixed", (1, 1, 2)),
             ("gemma3", "mixed", (1, 1, 2)), ("gemma3", "one rank blind", (1, 2, 1)), ("gemma3", "text", (1, 1, 2)),
         ]
     cases = {f"{family}, {kind}, {'x'.join(map(str, layout))}": functools.partial(compare, family, kind, layout)

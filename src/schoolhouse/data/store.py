@@ -76,6 +76,11 @@ class Store:
         """Where an example came from."""
         return Origin(self.source_names[self.arrays["sources"][index]], int(self.arrays["rows"][index]))
 
+    @property
+    def shows(self) -> bool:
+        """Whether any example has an image."""
+        return bool(self.arrays["images"].any())
+
     def pictures(self, index: int) -> tuple[Picture, ...]:
         """The images of an example, in order."""
         return tuple(self._picture(int(one)) for one in self._shown(index))

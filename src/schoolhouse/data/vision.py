@@ -57,9 +57,12 @@ class Family:
 
 _QWEN = Family("<|image_pad|>", placed_by_grid=True, visual="<|image_pad|>")
 FAMILIES = {
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
-    "qwen2_5_vl": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
     "gemma3": Family("<start_of_image>", placed_by_grid=False, visual="<image_soft_token>",
                      before="\n\n<start_of_image>", after="<end_of_image>\n\n"),
 }

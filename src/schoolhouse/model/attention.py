@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from schoolhouse.model import attended, layouts, products, varlen
-from schoolhouse.model.layouts import Group, Layout, Way
+from schoolhouse.model.layouts import Group, Layout, from_groups, to_groups
 from schoolhouse.model.varlen import Rule
 
 NAME = "schoolhouse"
@@ -101,17 +101,17 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout:
     kernel = varlen.kernel(query, rule, layout.ends)
     if kernel is not None:
         if layout.spread is not None:
-            key, value = (_ToGroups.apply(one, layout.spread) for one in (key, value))
+            key, value = (to_groups(one, layout.spread) for one in (key, value))
         return varlen.attend(kernel, query, key, value, layout.ends, rule)
     asked = [group.examples * len(group.queries) for group in layout.groups]
     seen = [group.examples * group.queries.stop for group in layout.groups]
-    queries = _ToGroups.apply(query, layout.queries).split(asked)
-    keys, values = (_ToGroups.apply(one, layout.keys).split(seen) for one in (key, value))
+    queries = to_groups(query, layout.queries).split(asked)
+    keys, values = (to_groups(one, layout.keys).split(seen) for one in (key, value))
     outputs = []
     for group, *parts in zip(layout.groups, queries, keys, values, strict=True):
         states = (one.unflatten(0, (group.examples, -1)).transpose(1, 2) for one in parts)
         outputs.append(_of_group(*states, group, rule, layout.masks).transpose(1, 2).flatten(0, 1))
-    return _FromGroups.apply(torch.cat(outputs), layout.queries)
+    return from_groups(torch.cat(outputs), layout.queries)
 
 
 def _of_group(
@@ -192,43 +192,6 @@ def _serves_groups(
     if query.device.type != "cuda":
         return query.device.type == "cpu"
     return can_use_flash_attention(SDPAParams(query, key, value, mask, dropout, causal, True))
-
-
-class _ToGroups(torch.autograd.Function):
-    """States [S, H, K] of the sequence as [P, H, K] of the groups. Padding has no gradient, so backward picks each
-    token's own, and adds to it, in float32 at least, those of its copies."""
-
-    @staticmethod
-    def forward(ctx, states: torch.Tensor, way: Way) -> torch.Tensor:
-        ctx.way = way
-        return states.index_select(0, way.there)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        own, way = grad.index_select(0, ctx.way.back), ctx.way
-        if way.copies is None:
-            return own, None
-        total = own.to(torch.promote_types(own.dtype, torch.float32))
-        copies = grad.index_select(0, way.copies).to(total.dtype)
-        if grad.device.type == "cpu":
-            total.index_add_(0, way.copied, copies)
-        else:  # by sorting, which always adds in the same order
-            total.index_put_((way.copied,), copies, accumulate=True)
-        return total.to(own.dtype), None
-
-
-class _FromGroups(torch.autograd.Function):
-    """States [P, H, K] of the groups as [S, H, K] of the sequence; what padding and copies computed is dropped."""
-
-    @staticmethod
-    def forward(ctx, states: torch.Tensor, way: Way) -> torch.Tensor:
-        ctx.way = way
-        return states.index_select(0, way.back)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        above = grad.new_zeros(len(ctx.way.there), *grad.shape[1:])
-        return above.index_copy_(0, ctx.way.back, grad), None
 
 
 def _mask(

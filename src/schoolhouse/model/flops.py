@@ -7,7 +7,7 @@
 
 (Kaplan et al., 2020, arXiv:2001.08361, with attention by the true lengths of examples.) Adapters are matrices of their
 own; of a mixture's experts those that a token chooses count. Not counted: what activation checkpointing computes again,
-what is no matrix product, and attention inside a vision tower.
+what is no matrix product, what recurrent layers do with their states, and attention inside a vision tower.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from schoolhouse.model import families, last_block, sight, varlen
 
 EXPERTS = "experts"
 """The module below which each token uses a few matrices of many; shared experts have another name."""
+LINEAR, HYBRID = "linear_attention", "hybrid"
+"""transformers' names for layers that attend by a recurrent state alone, and for those that also attend."""
 SIDE = {"cpu": 1536}
 """Rows and columns of the matrices by which a processor's rate is measured; 8,192 on an accelerator."""
 
@@ -45,7 +47,7 @@ class Work:
     pair: float
     """For each pair of a query and a key of one layer, all heads."""
     windows: tuple[int | None, ...]
-    """Of each layer: the tokens a query sees, itself included; None for all before it."""
+    """Of each layer with attention: the tokens a query sees, itself included; None for all before it."""
 
     def of_step(self, lengths: np.ndarray, targets: int, patches: int = 0) -> float:
         """Operations of a step over examples of so many tokens i64[examples], forward and backward."""
@@ -70,7 +72,7 @@ def work(model: PreTrainedModel) -> Work:
         target=_passes(parts["target"], settings, reached=True),
         patch=_passes(parts["patch"], settings, reached=any(one.requires_grad for one in tower)),
         pair=3 * 2 * heads.queries * (heads.size + heads.values),
-        windows=tuple(_windows(settings, settings["num_hidden_layers"])),
+        windows=tuple(_windows(settings, model.config.get_text_config().num_hidden_layers)),
     )
 
 
@@ -116,9 +118,11 @@ def _matrices(name: str, module: nn.Module, settings: Mapping[str, Any]) -> Iter
 
 
 def _windows(settings: Mapping[str, Any], layers: int) -> Iterator[int | None]:
+    """Of each layer with attention, among others that have none: the tokens a query sees."""
     window = settings.get("sliding_window")
     kinds = settings.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
-    return (window if kind == "sliding_attention" else None for kind in kinds)
+    attending = (kind for kind in kinds if kind == HYBRID or (kind.endswith("attention") and kind != LINEAR))
+    return (window if kind == "sliding_attention" else None for kind in attending)
 
 
 def _pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:

@@ -82,7 +82,8 @@ def prove(student: Student, seeing: Sight | None = None) -> Proof:
         raise ModelError(
             f"{type(student.model).__name__} cannot be trained packed: with another first example the states of the "
             f"others move by {moved:.1e} of their length",
-            required="layers in which no example of a pack sees another: no convolution, no recurrent state",
+            required="layers in which no example of a pack sees another: states along the sequence are kept apart "
+            "where a layer with a convolution of its own is told where examples end",
             where=str(student.model.config.name_or_path), remedy="choose another model, or report its architecture",
         )
     return Proof(float(packed), difference)

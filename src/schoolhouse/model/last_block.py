@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 KNOWN = frozenset((
-    "gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text",
-    "seed_oss",
+    "gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3",
+    "qwen3_5_text", "qwen3_vl_text", "seed_oss",
 ))
 """transformers' model types of which this was shown; of others it would have to be, since some run their blocks more
 than once, or mix tokens behind the last."""

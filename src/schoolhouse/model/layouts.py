@@ -72,6 +72,53 @@ class Layout:
     serve every layer, which keeps none of its own for backward."""
 
 
+def to_groups(states: Tensor, way: Way) -> Tensor:
+    """States [S, …] of the sequence as [P, …] of the groups."""
+    return _ToGroups.apply(states, way)
+
+
+def from_groups(states: Tensor, way: Way) -> Tensor:
+    """States [P, …] of the groups as [S, …] of the sequence; what padding and copies computed is dropped."""
+    return _FromGroups.apply(states, way)
+
+
+class _ToGroups(torch.autograd.Function):
+    """Padding has no gradient, so backward picks each token's own, and adds to it, in float32 at least, those of its
+    copies."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return states.index_select(0, way.there)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        own, way = grad.index_select(0, ctx.way.back), ctx.way
+        if way.copies is None:
+            return own, None
+        total = own.to(torch.promote_types(own.dtype, torch.float32))
+        copies = grad.index_select(0, way.copies).to(total.dtype)
+        if grad.device.type == "cpu":
+            total.index_add_(0, way.copied, copies)
+        else:  # by sorting, which always adds in the same order
+            total.index_put_((way.copied,), copies, accumulate=True)
+        return total.to(own.dtype), None
+
+
+class _FromGroups(torch.autograd.Function):
+    """Backward gives padding and copies zeros."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return states.index_select(0, way.back)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        above = grad.new_zeros(len(ctx.way.there), *grad.shape[1:])
+        return above.index_copy_(0, ctx.way.back, grad), None
+
+
 def layout(
     boundaries: Sequence[int], device: torch.device, exchange: Exchange | None = None,
     visual: Tensor | None = None, padding: float = PADDING, kernels: Kernels = NONE, shared: Shared | None = None,

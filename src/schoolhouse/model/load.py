@@ -29,6 +29,7 @@ from schoolhouse.model import (
     layouts,
     lora,
     products,
+    recurrent,
     shared_prefixes,
     sight,
     sizes,
@@ -53,6 +54,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self._only_targets = last_block.only_targets(model)
+        recurrent.keep_apart(model)
         self.mesh = mesh
         self.exchange = ulysses.exchange(mesh)
         self.teaching = Teaching()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from schoolhouse.config import Lora
 from schoolhouse.errors import ConfigError
+from schoolhouse.model import recurrent
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -226,6 +227,7 @@ def _modules(model: PreTrainedModel, settings: Lora) -> list[str]:
     if targets == "all-linear":
         chosen = [name for name, module in able.items() if isinstance(module, nn.Linear) and name != head]
         chosen = [name for name in chosen if able[name].weight.requires_grad]  # what model.freeze froze stays so
+        chosen = [name for name in chosen if name not in recurrent.passed_by(model)]
     elif isinstance(targets, str):
         chosen = [name for name in able if re.fullmatch(targets, name)]
     else:
@@ -236,6 +238,7 @@ def _modules(model: PreTrainedModel, settings: Lora) -> list[str]:
     if not chosen:
         raise _unmatched(str(targets), able)
     _refuse_tied(model, chosen, head)
+    _refuse_passed_by(model, chosen)
     return chosen
 
 
@@ -252,6 +255,16 @@ def _refuse_tied(model: PreTrainedModel, chosen: list[str], head: str) -> None:
             f"lora.targets reaches {name}, {'which is tied to the embeddings' if _tied(model) else 'the output head'}",
             required="targets below the head; tied embeddings are one tensor with two uses", where="lora.targets",
             remedy=f"leave it out, or train it whole with lora.modules_to_save: [{name}]",
+        )
+
+
+def _refuse_passed_by(model: PreTrainedModel, chosen: list[str]) -> None:
+    """Fused kernels of recurrent layers read a matrix themselves, and would leave out what stands beside it."""
+    missed = sorted(recurrent.passed_by(model) & set(chosen))
+    if missed:
+        raise ConfigError(
+            f"lora.targets reaches {missed[0]}, which kernels of Mamba read without its adapters", where="lora.targets",
+            required="matrices that are always called", remedy="set lora.targets=all-linear, which leaves it out",
         )
 
 

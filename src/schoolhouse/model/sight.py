@@ -28,7 +28,7 @@ from schoolhouse.model import attention
 from schoolhouse.parallel.ulysses import Exchange
 from schoolhouse.types import Vision
 
-PLACED_BY_GRID = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+PLACED_BY_GRID = tuple(name for name, family in sights.FAMILIES.items() if family.placed_by_grid)
 """Model types whose vision tower takes the grid of patches beside the pixels."""
 TOGETHER = ("gemma3",)
 """Model types whose visual tokens of one image see one another in both directions."""
@@ -195,6 +195,18 @@ def freeze(model: PreTrainedModel, parts: tuple[str, ...]) -> None:
         raise ConfigError(
             "nothing is left to train", required="a part that is not frozen", where="model.freeze",
             remedy="remove one of the parts",
+        )
+
+
+def refuse_unseen(model: PreTrainedModel, *, shown: bool) -> None:
+    """Raise ConfigError where parts that see are trained and no row shows an image: nothing would reach them but the
+    decay of their weights."""
+    trained = {part_of(name) for name, one in model.named_parameters() if one.requires_grad} & {"vision", "projector"}
+    if trained and not shown:
+        raise ConfigError(
+            f"no row has an image, and what sees in {type(model).__name__} is trained ({', '.join(sorted(trained))}): "
+            "weight decay alone would change it", required="images, or these parts frozen", where="model.freeze",
+            remedy="set model.freeze=[vision,projector]",
         )
 
 

@@ -18,6 +18,11 @@ _LATENT = {  # latent attention, and a mixture of experts behind one dense layer
     "moe_intermediate_size": 32, "first_k_dense_replace": 1, "head_dim": 8,
 }
 _LAYERS = ["sliding_attention", "full_attention"]
+_DELTA = {  # a layer with Gated DeltaNet before one with attention
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 7},
@@ -31,7 +36,27 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": {**_LATENT, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
     "deepseek_v3": {**_LATENT, "n_group": 2, "topk_group": 1},
-    "gpt_oss": {"sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _LAYERS},
+    "gpt_oss": {"sliding_window": 7, **_EXPERTS, "layer_types": _LAYERS},
+    "qwen3_5_text": _DELTA,
+    "qwen3_next": {
+        **_DELTA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
+    "falcon_h1": {
+        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "granitemoehybrid": {
+        **_EXPERTS, "layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8,
+        "mamba_n_groups": 1, "mamba_chunk_size": 8, "shared_intermediate_size": 32,
+    },
+    "nemotron_h": {
+        "num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 8,
+        "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+        "n_group": 1, "topk_group": 1,
+    },
 }
 """What each architecture needs beside the common sizes, by transformers' `model_type`."""
 
@@ -49,6 +74,7 @@ MODELS: Mapping[str, str | tuple[str, Mapping[str, Any]]] = {
     "Qwen/Qwen3-8B": ("qwen3", _UNTIED),
     "Qwen/Qwen3-30B-A3B": ("qwen3_moe", _UNTIED),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": ("seed_oss", _UNTIED),
+    "Qwen/Qwen3.5-0.8B": "starter/qwen3.5",
     "Qwen/Qwen3-VL-2B-Instruct": "starter/qwen3-vl",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "starter/qwen3-vl",
     "deepseek-ai/DeepSeek-V2-Lite-Chat": ("deepseek_v2", {**_UNTIED, "q_lora_rank": None}),

@@ -63,6 +63,39 @@ _STUDENTS: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": True,
     },
+    "qwen3.5": {
+        "model_type": "qwen3_5",
+        "text_config": {
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.06,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 200.0, "mrope_interleaved": True, "mrope_section": [6, 5, 5],
+                "partial_rotary_factor": 1.0,
+            },
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "patch_size": 8,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 64,
+            "initializer_range": 0.08,
+        },
+        "tie_word_embeddings": True,
+    },
 }
 """The configuration of each student; the vocabulary and the special tokens are the tokenizer's."""
 
@@ -100,7 +133,7 @@ def build(name: str, directory: Path) -> None:
     """Write a student; raises ConfigError when there is none of that name."""
     _require(name)
     settings = _STUDENTS[name]
-    tokenizer = _tokenizer(_SEEING if _sees(settings) else {})
+    tokenizer = _tokenizer(_SEEING if _sees(settings) else {}, settings["model_type"])
     tokenizer.save_pretrained(directory)
     _model(settings, tokenizer).save_pretrained(directory)
     if _sees(settings):
@@ -163,14 +196,20 @@ def _model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PreT
     return model
 
 
-def _tokenizer(seeing: Mapping[str, str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (Sennrich et al., 2016): no byte is ever lost, no digit is ever merged."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def _tokenizer(seeing: Mapping[str, str], model_type: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (Sennrich et al., 2016): no byte is ever lost, no digit is ever merged.
 
-    bpe = Tokenizer(models.BPE())
+    Of Qwen3.5's models transformers reads any tokenizer by their own rules for words, so these are theirs here, too.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
+
+    bpe, words = Tokenizer(models.BPE()), _WORDS
+    if model_type == "qwen3_5":
+        bpe.normalizer, words = normalizers.NFC(), PRETOKENIZE_REGEX
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+        pre_tokenizers.Split(Regex(words), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     bpe.decoder = decoders.ByteLevel()
