@@ -304,7 +304,7 @@ def _evaluating(student: Student) -> Iterator[None]:
 def _serving(student: Student) -> Iterator[None]:
     """An attention inside that knows a key/value cache and padding, and none of the model's own sampling settings."""
     own = student.model.generation_config
-    student.model.set_attn_implementation(families.serving_attention(student.model))
+    sight.set_attention(student.model, families.serving_attention(student.model))
     student.model.generation_config = GenerationConfig()
     try:
         yield

@@ -224,6 +224,11 @@ def sees(directory: Path) -> bool:
     return model_type(directory) in FAMILIES
 
 
+def has_tower(directory: Path) -> bool:
+    """Whether the model of a directory sees at all."""
+    return bool(_settings(directory).get("vision_config"))
+
+
 def sight(
     directory: Path, tokenizer: PreTrainedTokenizerBase, most_tokens: int | None
 ) -> Sight | None:

@@ -21,6 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from schoolhouse.data import vision as sights
 from schoolhouse.errors import ConfigError
@@ -33,9 +37,12 @@ PLACED_BY_GRID = tuple(name for name, family in sights.FAMILIES.items() if famil
 TOGETHER = ("gemma3",)
 """Model types whose visual tokens of one image see one another in both directions."""
 PARTS = {
-    "vision": ("model.visual.", "model.vision_tower."),
-    "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list.", "model.multi_modal_projector."),
-    "language": ("model.language_model.", "lm_head."),
+    "vision": ("model.visual.", "model.vision_tower.", "model.vision_model.", "model.audio_tower."),
+    "projector": (
+        "model.visual.merger.", "model.visual.deepstack_merger_list.", "model.multi_modal_projector.",
+        "model.connector.", "model.embed_vision.", "model.embed_audio.",
+    ),
+    "language": ("model.language_model.", "model.text_model.", "lm_head."),
 }
 """The parameters of each part, by how their names begin; a projector inside the vision tower is no part of it."""
 BLANK = "blank"
@@ -52,19 +59,32 @@ def sees(model: PreTrainedModel) -> bool:
 
 
 def loader(directory: Path) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """transformers' class that loads the model of a directory with all that it has."""
-    return AutoModelForImageTextToText if sights.sees(directory) else AutoModelForCausalLM
+    """transformers' class that loads the model of a directory with all that it has; of a family whose sight is not
+    known here, too, which learns from texts alone."""
+    kind = sights.model_type(directory)
+    alone = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForCausalLM if alone and not sights.sees(directory) else AutoModelForImageTextToText
 
 
 def attentions(directory: Path, name: str) -> str | dict[str, str]:
     """The attention that each part of a directory's model is loaded with: of a vision tower, PyTorch's own."""
-    return {"": name, "text_config": name, "vision_config": "sdpa"} if sights.sees(directory) else name
+    return _of_parts(name) if sights.has_tower(directory) else name
+
+
+def _of_parts(name: str) -> dict[str, str]:
+    """`name` for language models; towers that hear know transformers' written out attention alone."""
+    return {"": name, "text_config": name, "vision_config": "sdpa", "audio_config": "eager"}
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set one of transformers' attentions for the language model, and PyTorch's for towers."""
+    model.set_attn_implementation(_of_parts(name) if sees(model) else name)
 
 
 def attend(model: PreTrainedModel, name: str) -> None:
     """Set the attention of the language model. A vision tower's is not causal: our own where images stand behind one
     another, else PyTorch's."""
-    model.set_attn_implementation({"": name, "text_config": name, "vision_config": "sdpa"} if sees(model) else name)
+    set_attention(model, name)
     if model.config.model_type in PLACED_BY_GRID:  # transformers' setter would look for a kernel of that name
         model.model.visual.config._attn_implementation = attention.IMAGES
 
@@ -73,7 +93,8 @@ def prepare(model: PreTrainedModel) -> None:
     """Let the language model of a model that sees take the blank image and a part of the embeddings, and both parts
     have our attention."""
     attend(model, attention.NAME)
-    model.model.language_model.register_forward_pre_hook(_Before(model.model), with_kwargs=True)
+    if model.config.model_type in sights.FAMILIES:
+        model.model.language_model.register_forward_pre_hook(_Before(model.model), with_kwargs=True)
 
 
 @dataclass(frozen=True, slots=True)
