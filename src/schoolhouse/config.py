@@ -213,6 +213,9 @@ class Lora(Section):
     `schoolhouse[qlora]`, whole in each process; a merged export adds the adapters to those 4-bit values."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapters, e.g. `[embed_tokens]`; tied embeddings stay tied."""
+    start: str | None = None
+    """Adapters to train on, in PEFT's format, made by these settings: a directory, such as the export of a run, or a
+    hub id. Unset: new ones, which change nothing at first."""
 
     @model_validator(mode="after")
     def _plain_beside_four_bits(self) -> Lora:

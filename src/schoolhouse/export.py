@@ -22,7 +22,7 @@ from schoolhouse import inert
 from schoolhouse.config import Lora
 from schoolhouse.data.served import Served
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.model import fourbit, load, lora
+from schoolhouse.model import adapter_files, fourbit, load, lora
 from schoolhouse.model.lora import Adapted
 
 MARK = "schoolhouse_export.txt"
@@ -97,8 +97,7 @@ def write_adapter(base: Path, name: str, revision: str | None, trained: Trained,
     configuration = lora.config(model, trained.lora, name)
     configuration.revision, configuration.inference_mode = revision, True
     configuration.save_pretrained(place)
-    tensors = lora.file_tensors(model, trained.lora, trained.weights)
-    save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(adapter_files.tensors(model, trained.weights), place / adapter_files.TENSORS, metadata={"format": "pt"})
     _write_beside(base, served, place)
 
 

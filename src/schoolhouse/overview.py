@@ -16,14 +16,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from schoolhouse import estimate, evaluate, optim
+from schoolhouse import estimate, evaluate, optim, places
 from schoolhouse.config import Recipe
 from schoolhouse.data import account, choose, prepare, served, show, tokens, vision
 from schoolhouse.data import plan as plans
 from schoolhouse.data.served import Rules, Served, Serving
 from schoolhouse.data.store import Store
 from schoolhouse.errors import DataError
-from schoolhouse.model import families, fourbit, load, lora, shared_prefixes, sight, teaching
+from schoolhouse.model import adapter_files, families, fourbit, load, lora, shared_prefixes, sight, teaching
 from schoolhouse.screen import Screen, uncut
 from schoolhouse.types import Conversation, EncodedRow, Example
 
@@ -35,6 +35,8 @@ def overview(recipe: Recipe, serving: Serving, screen: Screen) -> dict[str, Any]
     `check --json` prints."""
     skeleton = load.skeleton(serving.directory, recipe.lora, recipe.model.freeze)
     taught = _taught_parts(recipe, skeleton)
+    if recipe.lora is not None and recipe.lora.start:
+        adapter_files.begin_with(places.adapter_directory(recipe.lora.start), skeleton, recipe.lora)
     train, validation = stores(recipe, serving, screen)
     model = served.load(serving)
     shares = _shares(recipe, serving.directory)

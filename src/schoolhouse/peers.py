@@ -44,6 +44,7 @@ WORDS = {
     "lora.alpha": "lora_alpha", "lora.dropout": "lora_dropout",
     "lora.targets": "target_modules lora_target lora_target_modules lora_target_linear",
     "lora.modules_to_save": "additional_target lora_modules_to_save",
+    "lora.start": "adapter_name_or_path adapters lora_model_dir lora_adapter_path",
     "lora.rslora": "use_rslora peft_use_rslora", "lora.dora": "use_dora peft_use_dora",
     "lora.base": "load_in_4bit load_in_8bit quantization quantization_bit quant_bits",
     "validation.every": "eval_steps test_freq eval_strategy evaluation_strategy",

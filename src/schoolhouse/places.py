@@ -63,15 +63,27 @@ def model_directory(path: str, revision: str | None = None) -> Path:
             raise ConfigError(
                 f"{path} holds {'an adapter, and ' if adapter else ''}no model", where="model.path",
                 required="a directory with config.json and tokenizer files", remedy="write a whole model with "
-                "`schoolhouse export RUN --merge`" if adapter else "name the directory that holds config.json",
+                "`schoolhouse export RUN --merge`, or train the adapter on: lora.start, and its base in model.path"
+                if adapter else "name the directory that holds config.json",
             )
         return inert.checked(local)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    _is_local(path, "model.path")
+    return inert.checked(_snapshot(path, revision, "model.path"))
+
+
+def _is_local(path: str, where: str) -> bool:
+    """Whether a path is a directory; raises ConfigError where it is none, and no name of the hub either."""
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ConfigError(
-            f"there is no directory {path}", where="model.path", remedy="check the path",
+            f"there is no directory {path}", where=where, remedy="check the path",
             required="a local directory, starter/NAME, or a model of the Hugging Face hub",
         )
-    return inert.checked(_snapshot(path, revision))
+    return Path(path).is_dir()
+
+
+def adapter_directory(path: str) -> Path:
+    """A local directory with adapters: the path itself, or the hub's (cached) snapshot."""
+    return Path(path) if _is_local(path, "lora.start") else inert.checked(_snapshot(path, None, "lora.start"))
 
 
 def directory_of(settings: Model) -> Path:
@@ -93,7 +105,7 @@ def _student(name: str) -> Path:
     return built_once(place, lambda staging: students.build(name, staging))
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _snapshot(name: str, revision: str | None, where: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -105,5 +117,5 @@ def _snapshot(name: str, revision: str | None) -> Path:
         raise ConfigError(
             f"the model {name!r} was not found: {first:.160}",
             required="a local directory, starter/NAME, or a model of the Hugging Face hub",
-            where="model.path", remedy="check the name, the network, and `hf auth login` for gated models",
+            where=where, remedy="check the name, the network, and `hf auth login` for gated models",
         ) from None

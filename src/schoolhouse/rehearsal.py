@@ -22,7 +22,7 @@ from schoolhouse import recipe as recipes
 from schoolhouse.config import Recipe, Rows, Source
 from schoolhouse.data.tokens import load_tokenizer
 from schoolhouse.errors import CheckpointError, ConfigError
-from schoolhouse.starter import lessons, miniatures
+from schoolhouse.starter import lessons, miniatures, students
 
 STEPS = 4
 MARK = ".rehearsal"
@@ -59,18 +59,21 @@ def prepare(recipe: Recipe, path: Path, processes: int) -> Rehearsal:
     values = recipe.model_dump(mode="json")
     values["model"] |= {"path": model, "revision": None, **dict.fromkeys(_ON_A_DEVICE, False)}
     values |= {"directory": str(place / "run"), "device": "cpu", "parallel": _degrees(recipe, processes)}
-    values["data"] |= _data(recipe, place, seeing="-vl" in model)
+    seeing = _shows(recipe, model)
+    values["data"] |= _data(recipe, place, seeing)
     values["data"] |= {"cache": str(place / "cache"), "workers": 1}
     values["batch"] |= {
         "examples": min(_EXAMPLES, recipe.batch.examples), "tokens": min(_TOKENS, recipe.micro_batch)
     }
     values["train"] |= {"steps": STEPS}
+    if recipe.lora is not None:
+        values["lora"]["start"] = None  # adapters of the miniature are new ones
     values["checkpoint"] |= {"every": 2, "keep": 2}
     values["track"]["to"] = None
     values["validation"]["every"] = 2 if recipe.data.validation else 0
     if recipe.exam.data is not None:
         values["exam"] |= {
-            "data": _source(recipe, recipe.exam.data, "exam", place, seeing="-vl" in model), "every": 0,
+            "data": _source(recipe, recipe.exam.data, "exam", place, seeing), "every": 0,
             "max_new_tokens": min(_ANSWER_TOKENS, recipe.exam.max_new_tokens), "examples": _EXAMPLES,
         }
         if "-vl" in model and recipe.exam.grader == "gsm8k":  # answers that are made for images are no numbers
@@ -137,6 +140,15 @@ def _student(recipe: Recipe, place: Path) -> tuple[str, str]:
     _build(place / "model", model_type, features, tokenizer, recipe.model.precision)
     which = "its own tokenizer" if tokenizer.name != places.model_directory("starter/qwen3").name else "a starter one"
     return str(place / "model"), f"a miniature {model_type} for {path}, with {which}"
+
+
+def _shows(recipe: Recipe, model: str) -> bool:
+    """Whether rows that are made for a recipe have images: those of a student that sees, unless all that sees is frozen
+    and its rows name no image."""
+    if not model.startswith("starter/") or not students.sees(model.removeprefix("starter/")):
+        return False
+    named = any("<image>" in one.get("content", "") for one in recipe.data.messages or ())
+    return named or "image" in (recipe.data.columns or {}) or not {"vision", "projector"} <= set(recipe.model.freeze)
 
 
 def _read(directory: Path) -> tuple[str, Mapping[str, Any]]:

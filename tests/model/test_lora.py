@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from schoolhouse.config import Lora
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import lora, recurrent
+from schoolhouse.model import adapter_files, lora, recurrent
 from schoolhouse.starter import miniatures
 
 TYPES = ["qwen3", "qwen3_moe", "gpt_oss", "deepseek_v3"]
@@ -171,7 +171,7 @@ def test_the_adapters_file_is_pefts(model_type: str, tmp_path) -> None:
     trained = {name: value.detach() for name, value in one.named_parameters() if value.requires_grad}
     configuration = lora.config(base, settings, "somewhere")
     configuration.save_pretrained(tmp_path)
-    save_file(lora.file_tensors(base, settings, trained), tmp_path / "adapter_model.safetensors")
+    save_file(adapter_files.tensors(base, trained), tmp_path / "adapter_model.safetensors")
     again = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
     ids = torch.arange(9).unsqueeze(0)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from schoolhouse.config import Lora, Model
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
 from schoolhouse.model import (
+    adapter_files,
     attention,
     blocks,
     elementwise,
@@ -205,13 +206,14 @@ def device(setting: str, local: int = 0) -> torch.device:
 def load(
     directory: Path, settings: Model, place: torch.device, adapters: Lora | None = None, *,
     number: torch.dtype = torch.float32, computes_on: torch.device | None = None, lighter: bool = True,
+    start: Path | None = None,
 ) -> Student:
     """The model of a directory on `place`, ready to train; raises ModelError where it cannot be exact.
 
     In the number format of its files and on the CPU, weights stay in the files: they are mapped, and take no memory.
     Where it will compute elsewhere, on `computes_on`, matrices in 4 bits are made, and stay, there; kernels and what is
     recomputed are chosen for it. Where it is not to be `lighter`, parts that are known (`elementwise`) compute as
-    transformers wrote them.
+    transformers wrote them. Its adapters are new, or those of the directory `start`.
     """
     attention.register()
     with _refused(directory):
@@ -226,6 +228,8 @@ def load(
     families.refuse(model)
     if adapters is not None:
         lora.inject(model, adapters)
+        if start is not None:
+            adapter_files.begin_with(start, model, adapters)
         if adapters.base == "nf4":
             fourbit.narrow(model, computes_on or place)
     if settings.new_tokens:

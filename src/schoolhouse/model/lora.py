@@ -100,9 +100,9 @@ def refuse_frozen_words(model: PreTrainedModel) -> None:
     """Raise ConfigError where new tokens would never learn: their rows are frozen in the embeddings or the head."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if not all(one.requires_grad for one in module.parameters()):
-            names = [_name_of(model, one) for one in (model.get_input_embeddings(), model.get_output_embeddings())]
+            names = [name_of(model, one) for one in (model.get_input_embeddings(), model.get_output_embeddings())]
             raise ConfigError(
-                f"model.new_tokens, and {_name_of(model, module)} is frozen", where="model.new_tokens",
+                f"model.new_tokens, and {name_of(model, module)} is frozen", where="model.new_tokens",
                 required="embeddings and head that are trained, or the new tokens stay the mean of all others",
                 remedy="set lora.modules_to_save: "
                 f"[{', '.join(dict.fromkeys(name.rsplit('.', 1)[-1] for name in names))}], or freeze no language part",
@@ -122,7 +122,7 @@ def config(model: PreTrainedModel, settings: Lora, base: str | None = None) -> L
         use_rslora=settings.rslora, use_dora=settings.dora, task_type="CAUSAL_LM", base_model_name_or_path=base,
         target_modules=_shortest(model, modules), target_parameters=parameters or None,
         modules_to_save=sorted(name for name, _ in whole) or None,
-        ensure_weight_tying=_tied(model) and any(module is model.get_input_embeddings() for _, module in whole),
+        ensure_weight_tying=tied(model) and any(module is model.get_input_embeddings() for _, module in whole),
     )
 
 
@@ -148,15 +148,6 @@ def plain_name(name: str) -> str:
     return name.replace(BASE, "")
 
 
-def file_tensors(model: PreTrainedModel, settings: Lora, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Trained tensors by the names PEFT's file gives them, for the plain `model`; a tied head stands there too."""
-    found = {f"base_model.model.{name.replace(f'.{ADAPTER}', '')}": one.contiguous() for name, one in weights.items()}
-    embedding, head = (_name_of(model, one) for one in (model.get_input_embeddings(), model.get_output_embeddings()))
-    if _tied(model) and f"{embedding}.weight" in weights:
-        found[f"base_model.model.{head}.weight"] = weights[f"{embedding}.weight"].clone()
-    return found
-
-
 def describe(model: nn.Module, settings: Lora) -> str:
     """How much is adapted, of which kinds, for the table of what is in force."""
     beside = {one.tensor for one in adapted(model)}
@@ -175,6 +166,7 @@ def describe(model: nn.Module, settings: Lora) -> str:
         f"{how} rank {settings.rank}, alpha {settings.alpha:g}: adapted {len(beside)} of {every.total()} matrices "
         f"({', '.join(parts)})"
     )
+    text += f"; going on from {settings.start}" if settings.start else ""
     text += f"; trained whole: {', '.join(f'{name} {number}' for name, number in whole.items())}" if whole else ""
     return text + (f"; frozen: {', '.join(left)}" if left else "")
 
@@ -223,7 +215,7 @@ def merged(weight: Tensor, one: Adapted, factors: Mapping[str, Tensor], settings
 def _modules(model: PreTrainedModel, settings: Lora) -> list[str]:
     """The names of the modules to adapt."""
     able = dict(_able(model))
-    head, targets = _name_of(model, model.get_output_embeddings()), settings.targets
+    head, targets = name_of(model, model.get_output_embeddings()), settings.targets
     if targets == "all-linear":
         chosen = [name for name, module in able.items() if isinstance(module, nn.Linear) and name != head]
         chosen = [name for name in chosen if able[name].weight.requires_grad]  # what model.freeze froze stays so
@@ -248,11 +240,11 @@ def _able(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 def _refuse_tied(model: PreTrainedModel, chosen: list[str], head: str) -> None:
     """Factors beside a shared tensor would be added to one of its two uses only (peft #1035)."""
-    embedding = _name_of(model, model.get_input_embeddings())
-    if head in chosen or (embedding in chosen and _tied(model)):
+    embedding = name_of(model, model.get_input_embeddings())
+    if head in chosen or (embedding in chosen and tied(model)):
         name = head if head in chosen else embedding
         raise ConfigError(
-            f"lora.targets reaches {name}, {'which is tied to the embeddings' if _tied(model) else 'the output head'}",
+            f"lora.targets reaches {name}, {'which is tied to the embeddings' if tied(model) else 'the output head'}",
             required="targets below the head; tied embeddings are one tensor with two uses", where="lora.targets",
             remedy=f"leave it out, or train it whole with lora.modules_to_save: [{name}]",
         )
@@ -305,12 +297,12 @@ def _whole(model: PreTrainedModel, settings: Lora) -> list[tuple[str, nn.Module]
     """The modules to train whole; a tied head is its embedding."""
     found = []
     modules = dict(model.named_modules())
-    head, embedding = (_name_of(model, one) for one in (model.get_output_embeddings(), model.get_input_embeddings()))
+    head, embedding = (name_of(model, one) for one in (model.get_output_embeddings(), model.get_input_embeddings()))
     for target in settings.modules_to_save:
         names = [name for name in modules if _ends(name, target)]
         if not names:
             raise _unmatched(target, modules, "lora.modules_to_save")
-        found += [embedding if name == head and _tied(model) else name for name in names]
+        found += [embedding if name == head and tied(model) else name for name in names]
     return [(name, modules[name]) for name in dict.fromkeys(found)]
 
 
@@ -325,12 +317,14 @@ def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _tied(model: PreTrainedModel) -> bool:
+def tied(model: PreTrainedModel) -> bool:
+    """Whether embeddings and head are one tensor."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _name_of(model: nn.Module, module: nn.Module | None) -> str:
+def name_of(model: nn.Module, module: nn.Module | None) -> str:
+    """The name of a module in its model; empty where it is not there."""
     return next((name for name, one in model.named_modules() if one is module), "")
 
 

@@ -8,7 +8,7 @@ import safetensors
 import torch
 from transformers import AutoConfig
 
-from schoolhouse import inert
+from schoolhouse import inert, places
 from schoolhouse.config import Recipe
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MeshError
@@ -36,14 +36,16 @@ def proved(
     by block, too, what it will not hold in float32.
     """
     precision = getattr(torch, recipe.model.precision)
+    start = places.adapter_directory(recipe.lora.start) if recipe.lora is not None and recipe.lora.start else None
     if mesh.world == 1 and (recipe.lora is None or precision == torch.float32):
-        student = load.load(directory, recipe.model, place, recipe.lora)
+        student = load.load(directory, recipe.model, place, recipe.lora, start=start)
         _outfit(student, recipe, place)
         return student, isolation.prove(student, seeing)
     _refuse(directory, mesh)
     number = stored(directory)
     source = directory if mesh.world == 1 else stacked.directory_of(directory, number)
-    whole = load.load(source, recipe.model, torch.device("cpu"), recipe.lora, number=number, computes_on=place)
+    whole = load.load(source, recipe.model, torch.device("cpu"), recipe.lora, number=number, computes_on=place,
+                      start=start)
     kept = fourbit.matrices(whole.model)
     found = None
     if mesh.is_first:

@@ -140,6 +140,12 @@ def build(name: str, directory: Path) -> None:
         _image_processor(settings).save_pretrained(directory)
 
 
+def sees(name: str) -> bool:
+    """Whether a student takes images; raises ConfigError when there is none of that name."""
+    _require(name)
+    return _sees(_STUDENTS[name])
+
+
 def _sees(settings: Mapping[str, Any]) -> bool:
     return "vision_config" in settings
 
