@@ -350,7 +350,7 @@ def test_of_equal_exams_the_last_is_the_best(
     here("run", page, f"directory={tmp_path / 'run'}", "exam.every=2", "checkpoint.keep=1")
     kept = [checkpoint.verify(path) for path in checkpoint.steps_in(tmp_path / "run" / "checkpoints")]
     assert [one.step for one in kept] == [4, 8] and kept[-1].state["best"] == {
-        "step": 4, "score": 0.5, "by": "exam"
+        "step": 4, "score": 0.5, "by": "exam", "waited": 3
     }
     here("export", tmp_path / "run", "--out", tmp_path / "out")
     assert "(step 4, identical logits on 4 prompts" in capsys.readouterr().out
@@ -374,6 +374,59 @@ def test_the_recipe_says_what_chooses(
     assert trained.chosen(tmp_path / "run").step == chosen
     assert [checkpoint.step_of(one) for one in checkpoint.steps_in(tmp_path / "run" / "checkpoints")] == sorted(
         {chosen, 8})
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> list[str]:
+    """Have validation measure these losses, and the exam nothing; what was measured, in order."""
+    measured, given = [], iter(losses)
+    monkeypatch.setattr(evaluate, "exam", lambda *_: measured.append("exam") or (
+        {"score": 0.0, "count": 4, "correct": 0, "seconds": 0.1}, []
+    ))
+    monkeypatch.setattr(evaluate, "validation", lambda *_: measured.append("validation") or {
+        "loss": next(given), "accuracy": 0.5, "supervised_tokens": 9, "seconds": 0.1,
+    })
+    return measured
+
+
+EARLY = ("checkpoint.best=validation", "validation.every=1", "checkpoint.keep=1")
+
+
+def test_a_run_that_grows_no_better_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two measurements in a row that are no better, one of them no number: everything is measured and saved, the run is
+    done, and the best is what is exported. Called again it stays done; with more patience it goes on."""
+    measured = faked(monkeypatch, [9.0, 5.0, 4.0, 4.5, 3.0, math.nan, 3.0, 2.0, 2.5])
+    page, run = write_recipe(tmp_path), f"directory={tmp_path / 'run'}"
+    here("run", page, run, *EARLY, "train.patience=2")
+    said = "".join(capsys.readouterr())
+    assert "stopped early after step 6: nothing better by the validation since step 6" in said and "done: 6" in said
+    assert "".join(one[0] for one in measured) == "ve" "vvvve" "vve", "the last exam was not due"
+    info = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert info["status"] == "done" and trained.chosen(tmp_path / "run").step == 6
+    here("run", page, run, *EARLY, "train.patience=2")
+    assert len(records(tmp_path / "run")) == 6 + 7 + 3 and "done: 6" in "".join(capsys.readouterr())
+    here("run", page, run, *EARLY, "train.patience=3")
+    assert "done: 8" in "".join(capsys.readouterr()) and trained.chosen(tmp_path / "run").step == 7
+
+
+def test_patience_outlives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was waited for is in the checkpoint: stopped after a step that was no better, the next such one ends it."""
+    faked(monkeypatch, [9.0, 5.0, 4.0, 4.5, 4.6, 1.0, 1.0])
+    page, place = write_recipe(tmp_path, LESSON.replace("every: 2}", "every: 1}")), tmp_path / "run"
+    here("run", page, f"directory={place}", *EARLY, "train.patience=2")
+    assert trained.chosen(place).step == 2 and checkpoint.step_of(checkpoint.steps_in(place / "checkpoints")[-1]) == 4
+    shutil.rmtree(place / "checkpoints" / "step-00000004")
+    faked(monkeypatch, [4.6, 4.7, 4.8])
+    here("run", page, f"directory={place}", *EARLY, "train.patience=3")
+    assert checkpoint.step_of(checkpoint.steps_in(place / "checkpoints")[-1]) == 5
+
+
+@pytest.mark.parametrize("words", [["exam.every=0"], ["checkpoint.best=validation", "validation.every=0"],
+                                   ["checkpoint.best=none", "exam.every=1"]])
+def test_patience_needs_measurements(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here("check", write_recipe(tmp_path), "train.patience=2", *words, code=2)
+    assert "train.patience needs" in capsys.readouterr().err
 
 
 def test_another_judge_begins_anew(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def _train(recipe: Recipe, options: Namespace, stop: StopRequest, mesh: Mesh) ->
                 running.finish(status)
                 page.write(running.record.directory)
         screen.note(tracker.end())
-    screen.say(f"done: {running.steps} steps; report: {running.record.directory / 'report.html'}")
+    screen.say(f"done: {running.done} steps; report: {running.record.directory / 'report.html'}")
 
 
 def _launch(options: Namespace, recipe: Recipe, here: place.Place) -> int:

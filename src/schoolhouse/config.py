@@ -241,6 +241,9 @@ class Train(Section):
     """Passes over the data."""
     steps: PositiveInt | None = None
     """Stop after this many optimizer steps; more than `epochs` holds begin further passes."""
+    patience: PositiveInt | None = None
+    """Stop early: when so many measurements in a row, of what chooses the best step (`checkpoint.best`), have brought
+    nothing better. Unset: all steps are taken."""
     on_nonfinite: Annotated[str, Field(pattern=r"^(stop|skip:[1-9]\d{0,3})$")] = "stop"
     """What happens when a loss or gradient is no finite number: stop, or leave out the update of up to this many steps
     of the run, e.g. `skip:3`. Either way `bad_step.json` names the rows, and `replay RUN` computes the step again."""
@@ -408,6 +411,9 @@ class Recipe(Section):
         needed, judge = judges.get(self.checkpoint.best, ("", self))
         if judge is None:
             raise ValueError(f"checkpoint.best={self.checkpoint.best} needs {needed}")
+        often = {"validation": self.validation.every, "none": 0}.get(self.checkpoint.best, self.exam.every)
+        if self.train.patience and not often:
+            raise ValueError("train.patience needs exam.every, or checkpoint.best=validation and validation.every")
         if self.exam.every and self.exam.data is None:
             raise ValueError("exam.every needs exam.data")
         if self.optim.name == "muon" and self.lora is not None:

@@ -30,6 +30,7 @@ WORDS = {
                     "ppo_max_token_len_per_gpu packing sample_packing use_dynamic_bsz",
     "train.epochs": "num_train_epochs num_epochs total_epochs",
     "train.steps": "max_steps total_training_steps max_train_steps",
+    "train.patience": "early_stopping_patience early_stopping early_stop_interval early_stopping_steps",
     "train.label_smoothing": "label_smoothing_factor",
     "train.neftune": "neftune_noise_alpha neft_alpha",
     "train.balance": "router_aux_loss_coef moe_aux_loss_coeff",

@@ -40,7 +40,10 @@ from schoolhouse.types import PlannedStep
 
 SHOWN_ROWS = 4
 """Training rows whose tokens the report shows."""
-HARMLESS = ("directory", "checkpoint.", "validation.", "device", "data.workers", "data.cache", "parallel.", "track.")
+HARMLESS = (
+    "directory", "checkpoint.", "validation.", "device", "data.workers", "data.cache", "parallel.", "track.",
+    "train.patience",
+)
 """Settings that may change between a stop and its continuation: they decide nothing about the weights."""
 CHANGEABLE = ("optim.", "train.", "batch.", "exam.")
 """Settings that decide the weights, and may be changed within a run where --allow-change names them."""
@@ -66,7 +69,8 @@ class Run:
     """Floating-point operations a second that all processes do in large matrix products, as measured at the start."""
     done: int = 0
     best: dict[str, Any] | None = None
-    """`{"step", "score", "by"}` of the best step so far, by what the recipe lets choose."""
+    """`{"step", "score", "by", "waited"}` of the best step so far, by what the recipe lets choose, and how many
+    measurements in a row have been no better since."""
     info: dict[str, Any] = field(default_factory=dict)
     """The content of `run.json`."""
     skipped: int = 0
@@ -96,16 +100,21 @@ class Run:
         self.screen.say(f"step {step} skipped: loss {loss}, gradient norm {norm} ({self.skipped} so far)")
 
     def look(self, step: int) -> None:
-        """Validation and exam where they are due after `step`."""
-        if self.validation is not None and _due(step, self.recipe.validation.every, self.steps):
-            measured = evaluate.validation(
-                self.student, self.validation, self.plan.tokens, self.served.sight
-            )
-            self.record.append(METRICS, {"kind": "eval", "step": step, "name": "validation", **measured})
-            self.screen.say(f"validation after step {step}: loss {measured['loss']:.4f}")
-            self._compare(step, "validation", -measured["loss"])
-        if self.questions and _due(step, self.recipe.exam.every, self.steps):
-            self._examine(step)
+        """Validation and exam where they are due after `step`; where that ends the run, what was not due, too."""
+        measures = [(self._validate, self.recipe.validation.every)] if self.validation is not None else []
+        measures += [(self._examine, self.recipe.exam.every)] if self.questions else []
+        due = [measure for measure, every in measures if _due(step, every, self.steps)]
+        for measure in due:
+            measure(step)
+        for measure, _ in measures if step and self.over else ():
+            if measure not in due:
+                measure(step)
+
+    def _validate(self, step: int) -> None:
+        measured = evaluate.validation(self.student, self.validation, self.plan.tokens, self.served.sight)
+        self.record.append(METRICS, {"kind": "eval", "step": step, "name": "validation", **measured})
+        self.screen.say(f"validation after step {step}: loss {measured['loss']:.4f}")
+        self._compare(step, "validation", -measured["loss"])
 
     def _examine(self, step: int) -> None:
         self.optimizer.forget()  # what is kept for the next gradient
@@ -125,15 +134,26 @@ class Run:
 
     def _compare(self, step: int, by: str, score: float) -> None:
         """Whether this step is the best, by what the recipe lets choose; of equals the later, which learnt more."""
-        if not step or by != self.judge or not math.isfinite(score):
+        score = score if math.isfinite(score) else -math.inf
+        if not step or by != self.judge or (self.best is None and score == -math.inf):
             return
-        if self.best is None or score >= self.best["score"]:
-            self.best = {"step": step, "score": score, "by": by}
+        best = self.best or {"step": step, "score": -math.inf, "by": by}
+        waited = 0 if score > best["score"] else best.get("waited", 0) + 1
+        if score >= best["score"]:
+            best = {"step": step, "score": score, "by": by}
+        self.best = {**best, "waited": waited}
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are done, or nothing has become better for as long as the recipe waits."""
+        patience = self.recipe.train.patience
+        early = patience is not None and self.best is not None and self.best.get("waited", 0) >= patience
+        return early or self.done == self.steps
 
     def save_is_due(self, step: int, *, asked: bool) -> bool:
         """Regularly, at the end, when stopped, and when this step is the best."""
         best = self.best is not None and self.best["step"] == step
-        return asked or best or step == self.steps or step % self.recipe.checkpoint.every == 0
+        return asked or best or self.over or step % self.recipe.checkpoint.every == 0
 
     def save(self, step: int, *, still: bool = False) -> None:
         """Begin to write a checkpoint, once the one before it is on the disk; `still`: nothing is trained meanwhile."""
@@ -165,6 +185,10 @@ class Run:
         with contextlib.suppress(CheckpointError):  # of an error that is on its way already
             self.finish_save()
         seconds = self.info.get("seconds", 0.0) + time.monotonic() - self.began
+        if status == "done" and self.done < self.steps:
+            told = f"stopped early after step {self.done}: nothing better by the {self.judge} since step "
+            self.record.event(f"{told}{self.best['step']}", step=self.done)
+            self.screen.say(f"{told}{self.best['step']}")
         self.info = {**self.info, "status": status, "seconds": seconds}
         self.record.write("run.json", self.info)
         self.record.event(status, step=self.done)

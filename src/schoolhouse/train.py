@@ -40,7 +40,7 @@ NAMED_ROWS = 8
 
 
 def train(run: Run, stop: StopRequest) -> None:
-    """Train from where the run stands to its last step; raises Stopped when asked to, with everything saved."""
+    """Train from where the run stands to its end; raises Stopped when asked to, with everything saved."""
     mesh = run.student.mesh
     with watch.watching(mesh, run.recipe.parallel.hang_timeout, run.record.directory / "stacks"):
         if run.done == 0:
@@ -54,6 +54,8 @@ def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
     with stop.deferred(), run.screen.steps(run.steps, run.done) as progress:
         if mesh.any(stop.asked):  # from here on all wait for one another's word: nobody may have left before
             raise Stopped(EARLY)
+        if run.over:
+            return
         for step in loader.steps(
             run.store, run.plan, run.done + 1, run.steps, run.student.device,
             rank=mesh.data_rank, ranks=mesh.data_ranks, sight=run.served.sight, share=mesh.seat,
@@ -75,8 +77,10 @@ def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
             run.look(step.index)
             asked = mesh.any(stop.asked)  # one process's word for all: they stop after the same step
             if run.save_is_due(step.index, asked=asked):
-                run.save(step.index, still=asked or step.index == run.steps)
-            if asked and step.index < run.steps:
+                run.save(step.index, still=asked or run.over)
+            if run.over:
+                break
+            if asked:
                 run.finish_save()
                 raise Stopped(f"stopped after step {step.index} of {run.steps}; the same command continues")
             ticks = time.perf_counter()

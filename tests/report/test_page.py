@@ -205,6 +205,7 @@ def test_a_resume_is_marked(text: str) -> None:
         (0, "running", False, "Nothing has been trained yet. The last record is step 0 of 600"),
         (120, "running", False, "The last record is step 120 of 600: the run is under way, or was killed."),
         (120, "stopped", True, "It was stopped after step 120 of 600 and can be resumed."),
+        (120, "done", True, "It ended early, after step 120 of 600: nothing had become better for a while."),
         (300, "failed", True, "It failed after step 300 of 600; the events below say why."),
     ],
 )

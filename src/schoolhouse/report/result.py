@@ -69,8 +69,9 @@ def _ending(run: Run) -> str:
     planned = number(run.section("derived"), "steps_total")
     if math.isfinite(planned):
         place += f" of {words.count(planned)}"
+    early = bool(run.steps) and run.steps[-1].step < planned
     endings = {
-        "done": "",
+        "done": f"It ended early, after {place}: nothing had become better for a while." if early else "",
         "stopped": f"It was stopped after {place} and can be resumed.",
         "failed": f"It failed after {place}; the events below say why.",
     }
