@@ -11,6 +11,7 @@ import yaml
 from schoolhouse.config import Recipe, Rows
 from schoolhouse.data import files, messages
 from schoolhouse.data.formats import _FORMS, to_conversation
+from schoolhouse.errors import DataError
 from schoolhouse.types import Origin
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
@@ -47,11 +48,14 @@ def test_every_row_is_read_as_its_form(form, row):
 
 def test_every_setting_is_one(tmp_path, monkeypatch):
     given = [yaml.safe_load(block)["data"] for language, block in BLOCKS if language == "yaml"]
-    columns, template, function = (Recipe.model_validate({"model": "x", "data": one}).data for one in given)
+    columns, template, texts, function = (Recipe.model_validate({"model": "x", "data": one}).data for one in given)
     row = {"extra_info": {"question": "2+2?"}, "solution": "4"}
     assert said(row, columns=columns.columns) == [("user", "2+2?"), ("assistant", "4")]
     row = {"context": "Sums.", "question": "2+2?", "answer": "4", "id": 7}
     assert said(row, messages=template.messages) == [("user", "Sums.\n\n2+2?"), ("assistant", "4")]
+    assert said({"text": "Once."}, messages=texts.messages) == [("assistant", "Once.")]
+    with pytest.raises(DataError, match="a text as it is"):
+        said({"text": "Once."})
     (code,) = [block for language, block in BLOCKS if language == "python"]
     (tmp_path / "my_rows.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

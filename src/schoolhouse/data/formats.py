@@ -33,6 +33,7 @@ from schoolhouse.types import Conversation, Message, Origin, Part
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _IMAGES = ("images", "image")
+_TEXT = "text"
 _TEMPLATE_KEYS = ("role", "content", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -276,7 +277,8 @@ def _unrecognised(fields: _Fields, name: str | None) -> DataError:
         f"the columns {_names(fields.row)} " + ("are of no known form" if name is None else f"do not fit {name}"),
         required=" or ".join(f"{form} ({columns})" for form, columns in reversed(known.items())),
         where=str(fields.origin),
-        remedy="say where the fields stand with data.columns, or write the conversation with data.messages",
+        remedy="say where the fields stand with data.columns, or write the conversation with data.messages"
+        + ("; a text as it is: model.chat_template=plain, and an assistant's {text}" if _TEXT in fields.row else ""),
     )
 
 
