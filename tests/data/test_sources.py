@@ -231,7 +231,7 @@ def test_memory_is_flat(tmp_path, suffix, least):
         ("a.tsv", b"question,answer\nhi,yes\n", ":1", "has ',' between its cells"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "", "UTF-16"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16-le"), "", "UTF-16"),
-        ("a.jsonl.gz", gzip.compress('{"a": 1}\n'.encode("utf-16")), "", "UTF-16"),
+        ("a.jsonl.gz", gzip.compress('{"a": 1}\n'.encode("utf-16"), mtime=0), "", "UTF-16"),
         ("a.json", '[{"a": 1}]'.encode("utf-16-be"), "", "UTF-16"),
         ("a.csv", codecs.BOM_UTF16_BE + "a,b\n1,2\n".encode("utf-16-be"), "", "UTF-16"),
         ("a.parquet", b"PAR1 this is none", "", "cannot be read"),
@@ -239,7 +239,7 @@ def test_memory_is_flat(tmp_path, suffix, least):
         ("a.arrow", b"this is none", "", "cannot be read"),
         ("a.arrow", b"", "", "cannot be read"),
         ("a.jsonl.gz", b"no gzip", "", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-9], "", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-9], "", "cannot be read"),
     ],
 )
 def test_a_fault_of_the_whole_file_is_raised(tmp_path, name, content, place, found):
