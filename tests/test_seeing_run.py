@@ -128,7 +128,7 @@ def test_what_sees_is_not_trained_where_nothing_is_shown(
     for command in ("check", "run"):
         with pytest.raises(SystemExit) as ended:
             cli.main([command, str(path), f"directory={tmp_path / 'run'}"])
-        assert ended.value.code == 2 and "no row has an image" in capsys.readouterr().err
+        assert ended.value.code == 2 and "no training row has an image" in capsys.readouterr().err
     cli.main(["run", str(path), f"directory={tmp_path / 'other'}", "model.freeze=[vision,projector]"])
 
 
@@ -137,7 +137,7 @@ def test_a_student_with_states_learns_to_see(rows: list[dict[str, Any]], tmp_pat
     done = trained(tmp_path, as_lines(rows, tmp_path), model="starter/qwen3.5", train={"steps": 2}, exam=EXAM)
     info = json.loads((done / "run.json").read_text(encoding="utf-8"))
     told = {one["what"]: one["value"] for one in info["in_force"]}
-    assert "2 layers carry a state along the sequence" in told["attention"]
+    assert "2 of its layers carry a state along the sequence" in told["attention"]
     assert told["tokenizer"] == "Qwen3_5Tokenizer, as tokenizer.json"
     cli.main(["export", str(done)])
 

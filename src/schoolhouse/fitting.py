@@ -22,6 +22,7 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import MemoryFault
+from schoolhouse.model import recurrent
 from schoolhouse.model.load import Student
 from schoolhouse.model.shared_prefixes import unfolded
 from schoolhouse.model.teaching import Drawn
@@ -61,6 +62,8 @@ class Rehearsal:
         memory.give_back(self.student.device)
         several = plan.several(self.student.mesh.data_ranks)
         packs = [(pack, False) for pack in heaviest_packs(plan, self.store.largest_image)]
+        if recurrent.layers(self.student.model):  # which fill up each example, however short, to a chunk of tokens
+            packs.append((heaviest(plan, -plan.lengths), False))
         packs += [(pack, True) for pack in heaviest_together(plan)]
         with _refused_memory(), memory.capped(self.student.device):
             try:

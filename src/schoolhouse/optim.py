@@ -103,7 +103,7 @@ class Optimizer:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, master in self.masters.items():
             if name in names:
-                decay = self._settings.weight_decay if master.ndim >= 2 and not name.endswith("bias") else 0.0
+                decay = self._settings.weight_decay if _is_matrix(master) and not name.endswith("bias") else 0.0
                 groups.setdefault((self.factors[name], decay), []).append(master)
         return [
             {"params": tensors, "factor": factor, "weight_decay": decay} for (factor, decay), tensors in groups.items()
@@ -225,6 +225,11 @@ class Optimizer:
         for name, master in self.masters.items():
             if self._copies[name] is not master:
                 self._copies[name].copy_(master)
+
+
+def _is_matrix(master: Tensor) -> bool:
+    """Whether a tensor is more than a vector; one written in more axes, such as a decay [1, 1, H, 1], is not."""
+    return master.ndim == 2 or sum(side > 1 for side in master.shape) > 1
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:

@@ -15,7 +15,7 @@ from schoolhouse.data.served import Served
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import CheckpointError
 from schoolhouse.export import Trained
-from schoolhouse.model import fourbit, load, lora, sight
+from schoolhouse.model import fourbit, load, lora, recurrent, sight
 from schoolhouse.types import Picture, Vision
 
 Prompt = tuple[str, Sequence[Picture]]
@@ -23,6 +23,8 @@ Prompt = tuple[str, Sequence[Picture]]
 
 MERGED = 1e-5
 """Merged against unmerged in float32, as a share of the largest logit: sums of 24-bit products in another order."""
+MERGED_STATES = 1e-4
+"""The same for models with recurrent layers: sums of gated steps amplify their rounding (2e-5 was seen)."""
 ROUNDED = 1e-6
 """Merged in a 16-bit format against PEFT's own merge rounded once, as mean Kullback-Leibler divergence (nats a token),
 both computed in float32. What the rounding itself costs, up to 2^-9 of each weight, is measured beside it, and said."""
@@ -76,14 +78,14 @@ def _merged(
     model = _reference(_wide(plain), trained)
     if trained.lora.base == "nf4":
         fourbit.round_base(model)
-    beside = answer(model)
+    beside, limit = answer(model), MERGED_STATES if recurrent.layers(model) else MERGED
     if narrow:
         _merge_and_round(model, formats)
         rounded = answer(model)
     del model, plain
     found = answer(_wide(load.plain(place)))
     if not narrow:
-        worst = _largest(prompts, beside, found, MERGED, place, _share)
+        worst = _largest(prompts, beside, found, limit, place, _share)
         return f"relative difference of logits at most {worst:.1e}"
     worst = _largest(prompts, rounded, found, ROUNDED, place, _divergence)
     cost = _largest(prompts, beside, found, COST, place, _divergence)

@@ -349,7 +349,8 @@ def _info(
         "objective": run.student.teaching.describe(),
         "optimizer": run.optimizer.describe(),
         "learning rate": optim.told(recipe.optim, run.steps, adapters=recipe.lora is not None),
-        "attention": f"packed and isolated, {run.student.kernels.said}{recurrent.describe(model)}; equal to "
+        "attention": f"packed and isolated, {run.student.kernels.said}"
+        f"{recurrent.describe(model, run.student.device)}; equal to "
         f"{type(model).__name__}'s own to {difference:.0e}",
         "shared prefixes": f"computed apart: {run.student.apart}" if run.student.apart else
         "what several examples of a micro-batch begin with is computed once",

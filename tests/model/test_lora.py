@@ -122,6 +122,8 @@ def test_what_kernels_read_without_adapters_is_left_out(model_type: str) -> None
     beside = {each.tensor for each in lora.adapted(one)}
     assert with_state and all(f"{name}.in_proj.weight" in beside for name in with_state)
     assert not any(f"{name}.out_proj.weight" in beside for name in with_state)
+    kind = type(next(layer for layer in one.modules() if layer in recurrent.layers(one)))
+    assert recurrent._read_by(type("Heir", (kind,), {})) == recurrent._read_by(kind) >= {"out_proj", "conv1d"}
     with pytest.raises(ConfigError, match="kernels of Mamba"):
         lora.inject(model(model_type), settings.model_copy(update={"targets": ("in_proj", "out_proj")}))
 

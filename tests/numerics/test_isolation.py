@@ -36,6 +36,35 @@ def test_a_small_leak_is_a_leak(family: str, monkeypatch: pytest.MonkeyPatch) ->
         isolation.prove(made(family, **LEAKING[family]))
 
 
+def test_layers_are_proved_as_they_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers takes Mamba's fused kernel in training alone: one that mixes examples there is seen by the proof."""
+    from transformers.models.falcon_h1 import modeling_falcon_h1 as falcon
+
+    sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+    one, whole = made("falcon_h1", **sizes), falcon.FalconH1Mixer.forward
+    assert isolation.prove(one).difference < 2e-5
+
+    def mixing(self: torch.nn.Module, states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        found = whole(self, states, *args, **kwargs)
+        return found + found.mean(0, keepdim=True) if self.training else found
+
+    monkeypatch.setattr(falcon.FalconH1Mixer, "forward", mixing)
+    with pytest.raises(ModelError, match="its own loss is"):
+        isolation.prove(made("falcon_h1", **sizes))
+
+
+def test_chunks_are_no_longer_than_examples() -> None:
+    """What a layer fills up and keeps of many short examples is a few times theirs, not 256 tokens of each."""
+    one = made("falcon_h1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8)
+    taken: list[int] = []
+    one.model.model.layers[0].mamba.register_forward_pre_hook(lambda layer, _: taken.append(layer.chunk_size))
+    seen = [recurrent._chunks_of(one.model.model.layers[0].mamba, tokens) for tokens in (1, 16, 17, 300)]
+    for each in seen:
+        with each:
+            taken.append(one.model.model.layers[0].mamba.chunk_size)
+    assert taken == [16, 16, 32, 256] and one.model.model.layers[0].mamba.chunk_size == 256
+
+
 @pytest.mark.parametrize("family", ["llama", "olmoe", "gpt2"])
 def test_what_is_isolated_does_not_move(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit; in a mixture as far as experts with other numbers of tokens compute alike."""

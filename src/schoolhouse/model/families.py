@@ -12,8 +12,8 @@ from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
 
 SOFTCAP = "final_logit_softcapping"
-MULTIPLIED = ("logit_scale",)
-"""Configuration names whose value multiplies the logits (Cohere)."""
+MULTIPLIED = ("logit_scale", "lm_head_multiplier")
+"""Configuration names whose value multiplies the logits (Cohere, Falcon-H1)."""
 DIVIDED = ("logits_scaling",)
 """Configuration names whose value divides the logits (Granite)."""
 
@@ -34,10 +34,11 @@ def settings_of(configuration: PretrainedConfig) -> dict[str, Any]:
 
 
 def serving_attention(model: PreTrainedModel) -> str:
-    """transformers' attention for generation: PyTorch's, but for models whose scores it does not know how to bend."""
+    """transformers' attention for generation: PyTorch's, but for models whose scores it does not know how to bend, and
+    for those that do not attend at all (Mamba 2)."""
     settings = settings_of(model.config)
     bent = settings.get(ATTENTION_SOFTCAP) or settings["model_type"] in SINKS
-    return "eager" if bent else "sdpa"
+    return "eager" if bent or not model._supports_sdpa else "sdpa"
 
 
 def refuse(model: PreTrainedModel) -> None:

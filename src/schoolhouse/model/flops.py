@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from schoolhouse.model import families, last_block, sight, varlen
@@ -72,7 +72,7 @@ def work(model: PreTrainedModel) -> Work:
         target=_passes(parts["target"], settings, reached=True),
         patch=_passes(parts["patch"], settings, reached=any(one.requires_grad for one in tower)),
         pair=3 * 2 * heads.queries * (heads.size + heads.values),
-        windows=tuple(_windows(settings, model.config.get_text_config().num_hidden_layers)),
+        windows=tuple(_windows(settings, model.config.get_text_config())),
     )
 
 
@@ -117,10 +117,14 @@ def _matrices(name: str, module: nn.Module, settings: Mapping[str, Any]) -> Iter
                 yield share * one.shape.numel(), one.requires_grad
 
 
-def _windows(settings: Mapping[str, Any], layers: int) -> Iterator[int | None]:
+def _windows(settings: Mapping[str, Any], text: PretrainedConfig) -> Iterator[int | None]:
     """Of each layer with attention, among others that have none: the tokens a query sees."""
     window = settings.get("sliding_window")
-    kinds = settings.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
+    try:
+        kinds = text.layer_types  # some configurations make them of settings of their own
+    except AttributeError:
+        kinds = None
+    kinds = kinds or ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
     attending = (kind for kind in kinds if kind == HYBRID or (kind.endswith("attention") and kind != LINEAR))
     return (window if kind == "sliding_attention" else None for kind in attending)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from schoolhouse.data import loader
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ModelError
-from schoolhouse.model import attention, elementwise, sight
+from schoolhouse.model import attention, elementwise, recurrent, sight
 from schoolhouse.model.load import Student
 from schoolhouse.parallel import fsdp
 from schoolhouse.parallel.mesh import Mesh
@@ -54,6 +54,8 @@ def prove(student: Student, seeing: Sight | None = None) -> Proof:
     sequences, vision = _sequences(student, seeing)
     training = student.model.training
     student.model.eval()
+    for layer in recurrent.layers(student.model):
+        layer.train()  # as they will compute: some kernels are taken in training alone
     try:
         with torch.no_grad(), _understood(student):
             packed, states = _states(student, _pack(sequences, student.device, seeing, vision))

@@ -219,7 +219,8 @@ def _modules(model: PreTrainedModel, settings: Lora) -> list[str]:
     if targets == "all-linear":
         chosen = [name for name, module in able.items() if isinstance(module, nn.Linear) and name != head]
         chosen = [name for name in chosen if able[name].weight.requires_grad]  # what model.freeze froze stays so
-        chosen = [name for name in chosen if name not in recurrent.passed_by(model)]
+        missed = recurrent.passed_by(model)
+        chosen = [name for name in chosen if name not in missed]
     elif isinstance(targets, str):
         chosen = [name for name in able if re.fullmatch(targets, name)]
     else:

@@ -8,9 +8,12 @@ example is seen by nobody. With Ulysses every process is given the whole sequenc
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,23 +22,12 @@ from transformers import PreTrainedModel
 
 from schoolhouse.model.layouts import Layout, from_groups, to_groups
 
-
-class _Apart:
-    """The forward of such a layer, states [1, S, D] to [1, S, D], which may be told the layout of a micro-batch."""
-
-    def __init__(self, forward: Callable[..., Tensor]) -> None:
-        self._forward = forward
-
-    @torch.compiler.disable
-    def __call__(self, hidden_states: Tensor, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Tensor:
-        if layout is None:
-            return self._forward(hidden_states, *args, **kwargs)
-        states, exchange = hidden_states.squeeze(0), layout.exchange
-        if exchange is None:
-            return _each(self._forward, states, layout).unsqueeze(0)
-        own = len(states)
-        whole = _each(self._forward, exchange.gather(states, [own] * exchange.degree), layout)
-        return whole.narrow(0, own * exchange.peers.rank(), own).unsqueeze(0)
+KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
+"""Packages whose kernels transformers takes on CUDA where they are installed."""
+CHUNK = "chunk_size"
+"""Mamba's name for the tokens that it computes at once, to a multiple of which it fills up a sequence."""
+LEAST = 16
+"""The fewest tokens of a chunk: its kernels take powers of two from here."""
 
 
 def keep_apart(model: PreTrainedModel) -> None:
@@ -45,8 +37,51 @@ def keep_apart(model: PreTrainedModel) -> None:
     nothing, is found by the proof (`isolation`).
     """
     for layer in layers(model):
-        if not isinstance(layer.forward, _Apart):
-            layer.forward = _Apart(layer.forward)
+        if type(layer).__module__ != __name__:
+            layer.__class__ = _apart(type(layer))
+
+
+@functools.cache
+def _apart(kind: type[nn.Module]) -> type[nn.Module]:
+    """A kind of such a layer whose forward, states [1, S, D] to [1, S, D], may be told the layout of a micro-batch."""
+
+    @torch.compiler.disable
+    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+        if layout is None:
+            return kind.forward(self, hidden_states, *args, **kwargs)
+        states, exchange = hidden_states.squeeze(0), layout.exchange
+        each = functools.partial(_each, self, functools.partial(kind.forward, self))
+        if exchange is None:
+            return each(states, layout).unsqueeze(0)
+        own = len(states)
+        whole = each(exchange.gather(states, [own] * exchange.degree), layout)
+        return whole.narrow(0, own * exchange.peers.rank(), own).unsqueeze(0)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+
+
+def _each(layer: nn.Module, forward: Callable[[Tensor], Tensor], states: Tensor, layout: Layout) -> Tensor:
+    """[S, D] of all examples, computed in groups [E, T, D]."""
+    groups = to_groups(states, layout.queries).split([one.examples * len(one.queries) for one in layout.groups])
+    found = []
+    for group, places in zip(layout.groups, groups, strict=True):
+        with _chunks_of(layer, len(group.queries)):
+            found.append(forward(places.unflatten(0, (group.examples, -1))).flatten(0, 1))
+    return from_groups(torch.cat(found), layout.queries)
+
+
+@contextlib.contextmanager
+def _chunks_of(layer: nn.Module, tokens: int) -> Iterator[None]:
+    """Inside, a layer of Mamba's kind takes no larger chunks than its sequences are long: many short examples would be
+    filled up to 256 tokens each."""
+    own = vars(layer).get(CHUNK)
+    if own is not None:
+        layer.chunk_size = min(own, max(LEAST, 1 << (tokens - 1).bit_length()))
+    try:
+        yield
+    finally:
+        if own is not None:
+            layer.chunk_size = own
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -55,28 +90,31 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
     return [one for one in every if any(isinstance(child, nn.Conv1d) for child in one.children())]
 
 
-def describe(model: PreTrainedModel) -> str:
-    """How many of them a model has, for the table of what is in force; empty for none."""
+def describe(model: PreTrainedModel, place: torch.device) -> str:
+    """How many of them a model has and what computes them, for the table of what is in force; empty for none."""
     number = len(layers(model))
-    return f"; {number} layers carry a state along the sequence, each example its own" if number else ""
+    if not number:
+        return ""
+    kernels = [name for name in KERNELS if place.type == "cuda" and importlib.util.find_spec(name)]
+    by = f"with what transformers takes of {', '.join(kernels)}" if kernels else "by transformers' plain PyTorch"
+    return f"; {number} of its layers carry a state along the sequence, each example its own, {by}"
 
 
 def passed_by(model: PreTrainedModel) -> set[str]:
     """The names of matrices in recurrent layers that fused kernels are given as they are (Mamba's `out_proj`): what
     stands beside them would be left out wherever such kernels run."""
-    own = {layer: set(re.findall(r"self\.(\w+)\.weight", inspect.getsource(type(layer)))) for layer in layers(model)}
+    with_state = set(layers(model))
     return {
-        f"{name}.{child}" for name, layer in model.named_modules() for child in own.get(layer, ())
-        if isinstance(layer.get_submodule(child), nn.Linear)
+        f"{name}.{child}" for name, layer in model.named_modules() if layer in with_state
+        for child, one in layer.named_children() if isinstance(one, nn.Linear) and child in _read_by(type(layer))
     }
 
 
-def _each(forward: Callable[..., Tensor], states: Tensor, layout: Layout) -> Tensor:
-    """[S, D] of all examples, computed in groups [E, T, D]."""
-    groups = to_groups(states, layout.queries).split(
-        [group.examples * len(group.queries) for group in layout.groups])
-    found = [
-        forward(places.unflatten(0, (group.examples, -1))).flatten(0, 1)
-        for group, places in zip(layout.groups, groups, strict=True)
-    ]
-    return from_groups(torch.cat(found), layout.queries)
+@functools.cache
+def _read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """The parts of a kind of layer whose weights its own code reads, and that of the kinds it is made of."""
+    found: set[str] = set()
+    for one in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        with contextlib.suppress(OSError, TypeError):  # made while running: what it was made of has its code
+            found.update(re.findall(r"self\.(\w+)\.weight", inspect.getsource(one)))
+    return frozenset(found)

@@ -37,10 +37,12 @@ PLACED_BY_GRID = tuple(name for name, family in sights.FAMILIES.items() if famil
 TOGETHER = ("gemma3",)
 """Model types whose visual tokens of one image see one another in both directions."""
 PARTS = {
-    "vision": ("model.visual.", "model.vision_tower.", "model.vision_model.", "model.audio_tower."),
+    "vision": (
+        "model.visual.", "model.vision_tower.", "model.vision_model.", "vision_model.", "model.audio_tower.",
+    ),
     "projector": (
         "model.visual.merger.", "model.visual.deepstack_merger_list.", "model.multi_modal_projector.",
-        "model.connector.", "model.embed_vision.", "model.embed_audio.",
+        "model.connector.", "model.projector.", "model.aligner.", "model.embed_vision.", "model.embed_audio.",
     ),
     "language": ("model.language_model.", "model.text_model.", "lm_head."),
 }
@@ -220,15 +222,21 @@ def freeze(model: PreTrainedModel, parts: tuple[str, ...]) -> None:
 
 
 def refuse_unseen(model: PreTrainedModel, *, shown: bool) -> None:
-    """Raise ConfigError where parts that see are trained and no row shows an image: nothing would reach them but the
-    decay of their weights."""
-    trained = {part_of(name) for name, one in model.named_parameters() if one.requires_grad} & {"vision", "projector"}
-    if trained and not shown:
-        raise ConfigError(
-            f"no row has an image, and what sees in {type(model).__name__} is trained ({', '.join(sorted(trained))}): "
-            "weight decay alone would change it", required="images, or these parts frozen", where="model.freeze",
-            remedy="set model.freeze=[vision,projector]",
-        )
+    """Raise ConfigError where what sees is trained and no training row shows an image: no gradient would reach it."""
+    if shown or not sees(model):
+        return
+    parts = {part_of(name) or name for name, one in model.named_parameters() if one.requires_grad} - {"language"}
+    if not parts:
+        return
+    known = sorted(parts & {"vision", "projector"})
+    first = min(parts - {*known}, default="")
+    raise ConfigError(
+        f"no training row has an image, and what sees in {type(model).__name__} is trained "
+        f"({', '.join([*known, *([first] if first else [])])}): no gradient would reach it",
+        required="images, or what sees frozen", where="model.freeze",
+        remedy="train adapters of its language model alone: lora.targets" if first else
+        f"set model.freeze=[{','.join(known)}]",
+    )
 
 
 def part_of(name: str) -> str | None:

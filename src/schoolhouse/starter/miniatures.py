@@ -45,7 +45,9 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
     "falcon_h1": {
         "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8,
-        "mamba_chunk_size": 8,
+        "mamba_chunk_size": 8, "lm_head_multiplier": 0.5, "attention_in_multiplier": 0.8,
+        "attention_out_multiplier": 1.2, "embedding_multiplier": 2.0, "key_multiplier": 0.7, "ssm_in_multiplier": 1.3,
+        "ssm_out_multiplier": 0.6, "mlp_multipliers": [1.1, 0.9], "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
     },
     "granitemoehybrid": {
         **_EXPERTS, "layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8,
