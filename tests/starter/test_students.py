@@ -73,7 +73,7 @@ def test_the_tokenizer_loads_as_it_was_made(directory, tokenizer):
     made = json.loads((directory / "tokenizer.json").read_text())
     assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] == made["pre_tokenizer"]
     text = "Mia has 47+38 = <<47+38=85>>85 apples.\n#### 85"
-    assert tokenizer(text)["input_ids"] == students._tokenizer({})(text)["input_ids"]
+    assert tokenizer(text)["input_ids"] == students._tokenizer({}, "qwen3")(text)["input_ids"]
 
 
 def test_answers_end_at_the_end_of_the_turn(directory, model, tokenizer):
