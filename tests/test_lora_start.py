@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from test_run import here
 from transformers import AutoModelForCausalLM
 
-from schoolhouse import cli, places
+from schoolhouse import cli, places, talk, trained
 from schoolhouse.config import Lora, Model
 from schoolhouse.errors import ConfigError
 from schoolhouse.model import adapter_files, load, lora
+from schoolhouse.types import Message, Part
 
 PAGE = """\
 model: starter/qwen3
@@ -56,6 +57,18 @@ def test_a_run_begins_where_another_ended(place: Path, tmp_path: Path) -> None:
     told = {one["what"]: one["value"] for one in json.loads((tmp_path / "run" / "run.json").read_text())["in_force"]}
     assert f"going on from {start}" in told["way"]
     here("export", tmp_path / "run", "--merge")
+
+
+def test_adapters_answer_beside_their_base(place: Path, tmp_path: Path) -> None:
+    """`chat` and `eval` of the exported directory say what the run says, with its template; the base says other."""
+    chosen, asked = place / "first", [Message("user", (Part("text", "Tom has 3 pens. How many?"),))]
+    both = [trained.open_student(str(one)) for one in (chosen, chosen / "export")]
+    answers = [talk.reply(*one, asked) for one in both]
+    plain = talk.reply(*trained.open_student("starter/qwen3"), asked)
+    assert answers[0] == answers[1] != plain and both[1][1].template.source == both[0][1].template.source
+    exam = "exam: {data: {path: starter/arithmetic:exam, limit: 2}, max_new_tokens: 4}\n"
+    (tmp_path / "exam.yaml").write_text(PAGE + exam)
+    here("eval", chosen / "export", tmp_path / "exam.yaml")
 
 
 @pytest.mark.parametrize("way", WAYS)

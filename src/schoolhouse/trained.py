@@ -18,7 +18,7 @@ from schoolhouse.data import served
 from schoolhouse.data.served import Served
 from schoolhouse.errors import CheckpointError, ConfigError
 from schoolhouse.export import Trained
-from schoolhouse.model import load, products
+from schoolhouse.model import adapter_files, load, products
 from schoolhouse.model.load import Student
 
 PROVED_PROMPTS = 4
@@ -31,8 +31,8 @@ UNTRAINED = {
 
 def open_student(target: str, recipe: Recipe | None = None) -> tuple[Student, Served]:
     """A run directory's best checkpoint, in the precision of its run, or a model by hub id, directory or starter
-    name, with the settings of a model in `recipe` where one is given: its template, its stop tokens, its precision.
-    Either computes on the device of `recipe`, if given."""
+    name, or a directory of adapters beside their base, with the settings of a model in `recipe` where one is given: its
+    template, its stop tokens, its precision. Each computes on the device of `recipe`, if given."""
     directory = Path(target)
     if is_run(directory):
         own = _recipe(directory)
@@ -40,11 +40,21 @@ def open_student(target: str, recipe: Recipe | None = None) -> tuple[Student, Se
         student, model = _open_model(settings, (recipe or own).device, own.lora)
         exporting.put_weights(student.model, chosen(directory).tensors(checkpoint.WEIGHTS))
     else:
+        device, adapters, start = "auto" if recipe is None else recipe.device, None, None
         settings = Model(path=target) if recipe is None else _of_another(target, recipe.model)
-        student, model = _open_model(settings, "auto" if recipe is None else recipe.device)
+        if (directory / adapter_files.SETTINGS).is_file() and not (directory / "config.json").is_file():
+            start, (adapters, base) = directory, adapter_files.made_by(directory)
+            settings = _beside(directory, base) if recipe is None else _of_another(base.path, recipe.model)
+        student, model = _open_model(settings, device, adapters, start)
     if settings.precision == "bfloat16":
         optim.narrow(student.model)
     return student, model
+
+
+def _beside(directory: Path, base: Model) -> Model:
+    """The base of adapters, served as they were trained where their directory has the template."""
+    template = directory / "chat_template.jinja"
+    return base.model_copy(update={"chat_template": str(template)}) if template.is_file() else base
 
 
 def is_run(directory: Path) -> bool:
@@ -126,9 +136,11 @@ def chosen(directory: Path, step: int | None = None) -> Checkpoint:
     )
 
 
-def _open_model(settings: Model, device: str, adapters: Lora | None = None) -> tuple[Student, Served]:
+def _open_model(
+    settings: Model, device: str, adapters: Lora | None = None, start: Path | None = None
+) -> tuple[Student, Served]:
     directory, place = places.directory_of(settings), load.device(device)
-    student = load.load(directory, settings.model_copy(update=UNTRAINED), place, adapters=adapters)
+    student = load.load(directory, settings.model_copy(update=UNTRAINED), place, adapters=adapters, start=start)
     return student, served.load(served.serving(settings, directory))
 
 

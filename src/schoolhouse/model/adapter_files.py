@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from schoolhouse.config import Lora
+from schoolhouse.config import Lora, Model
 from schoolhouse.errors import ConfigError
 from schoolhouse.model import lora
 
@@ -38,20 +38,39 @@ def tensors(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, 
     return found
 
 
-def refuse_others(directory: Path, settings: Lora) -> None:
-    """Raise ConfigError where adapters of a directory are no adapters, or were made by other settings than these."""
+def made_by(directory: Path) -> tuple[Lora, Model]:
+    """The settings that adapters of a directory were made by, as ours, and their base; raises ConfigError where there
+    are none of the kind."""
+    kept = _kept(directory)
+    parameters, targets = kept.get("target_parameters") or [], kept.get("target_modules") or []
+    layers = [one.removesuffix(".weight") for one in parameters if one.endswith(".weight")]
+    settings = Lora(
+        **{ours: kept.get(theirs) or False for ours, theirs in SAME.items()}, experts=len(parameters) > len(layers),
+        targets=targets if isinstance(targets, str) else (*targets, *layers),
+        modules_to_save=tuple(kept.get("modules_to_save") or ()),
+    )
+    return settings, Model(path=kept.get("base_model_name_or_path") or str(directory), revision=kept.get("revision"))
+
+
+def _kept(directory: Path) -> dict[str, Any]:
     try:
         kept: dict[str, Any] = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no adapters can be read there: {error}", required=f"{SETTINGS} and {TENSORS}, as PEFT writes them",
-            where="lora.start", remedy="name the directory of an adapter, e.g. a run's export/",
+            where=f"lora.start: {directory}", remedy="name the directory of an adapter, e.g. a run's export/",
         ) from None
     if kept.get("peft_type") != "LORA" or kept.get("rank_pattern") or kept.get("alpha_pattern"):
         raise ConfigError(
-            f"these adapters are {kept.get('peft_type')}, or of several ranks", where="lora.start",
+            f"these adapters are {kept.get('peft_type')}, or of several ranks", where=f"lora.start: {directory}",
             required="LoRA with one rank and one alpha", remedy="train new adapters: leave lora.start out",
         )
+    return kept
+
+
+def refuse_others(directory: Path, settings: Lora) -> None:
+    """Raise ConfigError where adapters of a directory are no adapters, or were made by other settings than these."""
+    kept = _kept(directory)
     mine = settings.model_dump()
     others = {ours: kept.get(theirs) for ours, theirs in SAME.items() if mine[ours] != (kept.get(theirs) or False)}
     if others:
