@@ -81,3 +81,14 @@ def test_a_directory_that_no_rehearsal_wrote_is_left_alone(tmp_path: Path) -> No
 def test_every_model_of_the_recipes_has_a_miniature() -> None:
     named = {recipes.read(ROOT / name).model.path for name in RECIPES}
     assert {one for one in named if not one.startswith("starter/")} <= set(miniatures.MODELS)
+
+
+def test_patience_and_adapters_are_the_long_runs_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rehearsal takes all of its four steps, with new adapters: those of the model would not fit its miniature."""
+    page = tmp_path / "page.yaml"
+    page.write_text(
+        "model: starter/qwen3\ndata: starter/arithmetic\nlora: {rank: 2, start: someone/adapters}\n"
+        "train: {patience: 1}\nexam: {data: starter/arithmetic:exam, every: 1, max_new_tokens: 4}\n"
+    )
+    here("run", page, "--rehearse", f"directory={tmp_path}/run")
+    assert "4 steps, resumed bit by bit" in capsys.readouterr().out

@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, path: Path, processes: int) -> Rehearsal:
     values["batch"] |= {
         "examples": min(_EXAMPLES, recipe.batch.examples), "tokens": min(_TOKENS, recipe.micro_batch)
     }
-    values["train"] |= {"steps": STEPS}
+    values["train"] |= {"steps": STEPS, "patience": None}
     if recipe.lora is not None:
         values["lora"]["start"] = None  # adapters of the miniature are new ones
     values["checkpoint"] |= {"every": 2, "keep": 2}

@@ -216,10 +216,10 @@ def _modules(model: PreTrainedModel, settings: Lora) -> list[str]:
     """The names of the modules to adapt."""
     able = dict(_able(model))
     head, targets = name_of(model, model.get_output_embeddings()), settings.targets
+    missed = recurrent.passed_by(model)
     if targets == "all-linear":
         chosen = [name for name, module in able.items() if isinstance(module, nn.Linear) and name != head]
         chosen = [name for name in chosen if able[name].weight.requires_grad]  # what model.freeze froze stays so
-        missed = recurrent.passed_by(model)
         chosen = [name for name in chosen if name not in missed]
     elif isinstance(targets, str):
         chosen = [name for name in able if re.fullmatch(targets, name)]
@@ -231,7 +231,7 @@ def _modules(model: PreTrainedModel, settings: Lora) -> list[str]:
     if not chosen:
         raise _unmatched(str(targets), able)
     _refuse_tied(model, chosen, head)
-    _refuse_passed_by(model, chosen)
+    _refuse_passed_by(missed.intersection(chosen))
     return chosen
 
 
@@ -251,13 +251,13 @@ def _refuse_tied(model: PreTrainedModel, chosen: list[str], head: str) -> None:
         )
 
 
-def _refuse_passed_by(model: PreTrainedModel, chosen: list[str]) -> None:
+def _refuse_passed_by(chosen: set[str]) -> None:
     """Fused kernels of recurrent layers read a matrix themselves, and would leave out what stands beside it."""
-    missed = sorted(recurrent.passed_by(model) & set(chosen))
-    if missed:
+    if chosen:
         raise ConfigError(
-            f"lora.targets reaches {missed[0]}, which kernels of Mamba read without its adapters", where="lora.targets",
-            required="matrices that are always called", remedy="set lora.targets=all-linear, which leaves it out",
+            f"lora.targets reaches {min(chosen)}, which kernels of Mamba read without its adapters",
+            required="matrices that are always called", where="lora.targets",
+            remedy="set lora.targets=all-linear, which leaves it out",
         )
 
 

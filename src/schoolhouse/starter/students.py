@@ -21,79 +21,49 @@ from schoolhouse.starter import lessons
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
+_TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.06,
+}
+_TOWER = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 2,
+    "patch_size": 8,
+    "out_hidden_size": 128,
+    "num_position_embeddings": 64,
+    "initializer_range": 0.08,
+}
+_ROTARY = {"rope_type": "default", "rope_theta": 200.0}
+_PLACED = {**_ROTARY, "mrope_interleaved": True, "mrope_section": [6, 5, 5]}
+"""Positions in time, height and width."""
 _STUDENTS: dict[str, dict[str, Any]] = {
-    "qwen3": {
-        "model_type": "qwen3",
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.06,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 200.0},
-        "tie_word_embeddings": True,
-    },
+    "qwen3": {"model_type": "qwen3", **_TEXT, "rope_parameters": _ROTARY, "tie_word_embeddings": True},
     "qwen3-vl": {
         "model_type": "qwen3_vl",
-        "text_config": {
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "head_dim": 32,
-            "max_position_embeddings": 2048,
-            "initializer_range": 0.06,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 200.0, "mrope_interleaved": True, "mrope_section": [6, 5, 5],
-            },
-        },
-        "vision_config": {
-            "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 2,
-            "patch_size": 8,
-            "out_hidden_size": 128,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-            "initializer_range": 0.08,
-        },
+        "text_config": {**_TEXT, "rope_parameters": _PLACED},
+        "vision_config": {**_TOWER, "deepstack_visual_indexes": [0]},
         "tie_word_embeddings": True,
     },
     "qwen3.5": {
         "model_type": "qwen3_5",
         "text_config": {
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            **_TEXT,
             "layer_types": ["linear_attention", "full_attention"] * 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "head_dim": 32,
             "linear_num_key_heads": 4,
             "linear_num_value_heads": 4,
             "linear_key_head_dim": 32,
             "linear_value_head_dim": 32,
-            "max_position_embeddings": 2048,
-            "initializer_range": 0.06,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 200.0, "mrope_interleaved": True, "mrope_section": [6, 5, 5],
-                "partial_rotary_factor": 1.0,
-            },
+            "rope_parameters": {**_PLACED, "partial_rotary_factor": 1.0},
         },
-        "vision_config": {
-            "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 2,
-            "patch_size": 8,
-            "out_hidden_size": 128,
-            "num_position_embeddings": 64,
-            "initializer_range": 0.08,
-        },
+        "vision_config": _TOWER,
         "tie_word_embeddings": True,
     },
 }
