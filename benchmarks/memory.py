@@ -67,7 +67,7 @@ def measure(path: Path, settings: list[str]) -> dict[str, Any]:
     plan = plans.plan(store, recipe, shares=seeing is None)
     pack = fitting.heaviest_packs(plan, store.largest_image)[0]
     seen = next(iter(loader.pixels(store, iter([pack]), seeing, len(pack), CPU)))
-    micro = unfolded(loader.micro_batch(store, pack, CPU, seeing, seen))
+    micro = unfolded(loader.micro_batch(store, pack, seeing, seen))
     foreseen = estimate.memory(recipe, load.skeleton(directory, recipe.lora, recipe.model.freeze))
     attention.register()
     ahead = _saved_on_meta(recipe, directory, micro)

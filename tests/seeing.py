@@ -146,7 +146,7 @@ def step(
     mine, cpu = packs[rank::ranks], torch.device("cpu")
     seen = loader.pixels(kept, mine, seeing, len(kept), cpu, share)
     return Step(
-        planned(kept, packs), [loader.micro_batch(kept, pack, cpu, seeing, next(seen), share[1]) for pack in mine]
+        planned(kept, packs), [loader.micro_batch(kept, pack, seeing, next(seen), share[1]) for pack in mine]
     )
 
 

@@ -172,7 +172,7 @@ def test_eval_equals_train_equation(weighted: Path) -> None:
         1, 0, tuple(map(tuple, packs)), int(store.lengths.sum()), int(store.supervised_tokens.sum()),
         float(store.supervised.sum()),
     )
-    step = Step(planned, [loader.micro_batch(store, pack, student.device) for pack in packs])
+    step = Step(planned, [loader.micro_batch(store, pack) for pack in packs])
     loss, correct, _ = train.compute_gradient(student, step, seed=0)
     measured = evaluate.validation(student, store, 2 * recipe.batch.tokens)
     assert measured["loss"] == pytest.approx(loss, rel=1e-6)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from test_regressions import store_of
 
 from schoolhouse import cli, fitting
@@ -66,7 +65,7 @@ def test_packs_hold_what_is_computed_at_a_time(page: Path, store: Store, ranks: 
     plan = plans.plan(store, recipes.read(page), ranks)
     whole = []
     for pack in plan.step(1).packs:
-        micro = loader.micro_batch(store, pack, torch.device("cpu"))
+        micro = loader.micro_batch(store, pack)
         planned = plan.lengths[list(pack)].sum() - plan.shared(np.asarray(pack)).sum()
         computed = len(pack) if micro.shared is None else len(micro.shared.kept)
         assert micro.shared is not None and computed <= planned <= TOKENS
@@ -114,7 +113,7 @@ def test_what_is_rehearsed_is_what_was_chosen(page: Path, store: Store) -> None:
     """Examples apart share nothing, even where they stand one behind the other; those together what is planned."""
     plan, met = plans.plan(store, recipes.read(page)), []
     for pack in fitting.heaviest_together(plan):
-        micro = loader.as_planned(store, loader.micro_batch(store, pack, torch.device("cpu")))
+        micro = loader.as_planned(store, loader.micro_batch(store, pack))
         assert (len(micro.shared.kept), micro.boundaries[-1]) == weight(plan, pack)[:2]
         met.append(len(micro.shared.kept))
     assert TOKENS - int(store.lengths.min()) < max(met) <= TOKENS

@@ -24,12 +24,12 @@ HEAVY = ("torch", "transformers")
 
 LAYERS = (
     ("errors", "types", "config", "recipe", "inert", "places", "enlarge", "orphans", "peers", "shares",
-     "stopping", "starter", "reference"),
+     "crossing", "stopping", "starter", "reference"),
     ("data", "parallel"),
     ("loss", "model", "optim", "graders", "memory"),
     ("checkpoint", "saving", "evaluate", "record", "room", "estimate", "screen", "overview", "export", "proof",
      "report"),
-    ("run", "fitting", "trained", "rehearsal", "talk", "train", "replay", "jobs", "selfcheck",
+    ("run", "fitting", "trained", "rehearsal", "talk", "outcome", "train", "replay", "jobs", "selfcheck",
      "serve", "track"),
     ("commands", "cli", "__main__"),
 )

@@ -84,7 +84,7 @@ def validation(
     seen = loader.pixels(store, packs, seeing, len(store), student.device, mesh.seat)
     with _evaluating(student):
         for pack in packs:
-            micro = loader.micro_batch(store, pack, student.device, seeing, next(seen), mesh.ulysses)
+            micro = loader.micro_batch(store, pack, seeing, next(seen), mesh.ulysses)
             loss = student.loss(micro)
             sums += torch.stack([loss.nll, loss.correct, loss.supervised, torch.full_like(sums[0], loss.tokens)])
             mesh.pulse.beat()

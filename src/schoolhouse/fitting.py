@@ -83,7 +83,7 @@ class Rehearsal:
         student = self.student
         share = student.mesh.seat
         seen = next(iter(loader.pixels(self.store, iter([pack]), self.sight, len(pack), student.device, share)))
-        micro = loader.micro_batch(self.store, pack, student.device, self.sight, seen, share[1])
+        micro = loader.micro_batch(self.store, pack, self.sight, seen, share[1])
         micro = loader.as_planned(self.store, micro) if together else unfolded(micro)
         fsdp.expect(student, last=True)
         student.loss(micro, Drawn(0, 0), micro.supervised).backward()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from schoolhouse.config import Optim
@@ -128,7 +129,7 @@ class Optimizer:
         norm = nn.utils.get_total_norm([one.grad for one in tensors if one.grad is not None])
         if self._settings.clip is not None:
             nn.utils.clip_grads_with_norm_(tensors, self._settings.clip, norm)
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def total(self, parameter: Tensor) -> Tensor | None:
         """The sum of a trained parameter's gradients so far, in float32, to be added to; None for one not trained."""
@@ -147,18 +148,32 @@ class Optimizer:
         for optimizer in self._optimizers:
             optimizer.state.clear()
 
-    def step(self, learning_rate: float) -> None:
-        """One update; gradients are gone afterwards."""
+    def step(self, learning_rate: float, finite: Tensor | None = None) -> None:
+        """One update, or none where `finite` (bool scalar) is given and not true; gradients are gone afterwards.
+
+        AdamW asks a `finite` that is where the weights are on the device; other optimizers wait for it.
+        """
+        if finite is None or self._asks(finite):
+            self._update(learning_rate, finite)
+        elif finite:
+            self._update(learning_rate, None)
+        self.sums.leave()
+        for master in self.masters.values():
+            master.grad = None
+
+    def _asks(self, finite: Tensor) -> bool:
+        """Whether the update itself looks at the flag."""
+        return self._settings.name == "adamw" and all(one.device == finite.device for one in self.masters.values())
+
+    def _update(self, learning_rate: float, finite: Tensor | None) -> None:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(learning_rate * group["factor"])
                 else:
                     group["lr"] = learning_rate * group["factor"]
+            optimizer.found_inf = None if finite is None else (~finite).float()  # as torch's own GradScaler tells it
             self._move(optimizer)
-        self.sums.leave()
-        for master in self.masters.values():
-            master.grad = None
         self._write_copies()
 
     def as_in_a_later_step(self, *, gradients: bool) -> None:

@@ -150,6 +150,12 @@ class Run:
         early = patience is not None and self.best is not None and self.best.get("waited", 0) >= patience
         return early or self.done == self.steps
 
+    def rests_after(self, step: int) -> bool:
+        """Whether something is measured or saved after a step, or it is the last."""
+        settings = self.recipe
+        every = (settings.validation.every, settings.exam.every, settings.checkpoint.every)
+        return any(_due(step, one, self.steps) for one in every)
+
     def save_is_due(self, step: int, *, asked: bool) -> bool:
         """Regularly, at the end, when stopped, and when this step is the best."""
         best = self.best is not None and self.best["step"] == step

@@ -177,18 +177,16 @@ def as_a_run_does(
         float(store.supervised.sum()),
     )
     mine = packs[mesh.data_rank :: mesh.data_ranks]
-    step = Step(planned, [_micro_batch(store, pack, student.device, seeing, mesh) for pack in mine])
+    step = Step(planned, [_micro_batch(store, pack, seeing, mesh) for pack in mine])
     loss, *_ = train.compute_gradient(student, step, recipe.seed)
     gradients = {name: one.grad for name, one in optimizer.masters.items() if one.grad is not None}
     whole = ((name, one.full_tensor() if isinstance(one, DTensor) else one) for name, one in gradients.items())
     return loss, {name: one.cpu() for name, one in whole if mesh.is_first}
 
 
-def _micro_batch(
-    store: Store, pack: Sequence[int], place: torch.device, seeing: Sight | None, mesh: Mesh = ALONE
-) -> MicroBatch:
+def _micro_batch(store: Store, pack: Sequence[int], seeing: Sight | None, mesh: Mesh = ALONE) -> MicroBatch:
     seen = ahead.of_pack(store, pack, seeing, mesh.seat) if seeing else None
-    return loader.micro_batch(store, pack, place, seeing, seen, mesh.ulysses)
+    return loader.micro_batch(store, pack, seeing, seen, mesh.ulysses)
 
 
 def plainly(
@@ -206,7 +204,8 @@ def plainly(
     model.to(arithmetic)
     supervised, total = float(store.supervised.sum()), 0.0
     for index in range(len(store)):
-        example, vision = store[index], _micro_batch(store, [index], model.device, seeing).vision
+        example, micro = store[index], loader.placed(_micro_batch(store, [index], seeing), model.device)
+        vision = micro.vision
         ids, labels = (
             torch.from_numpy(part.astype("int64")).to(model.device) for part in (example.input_ids, example.labels)
         )

@@ -171,21 +171,22 @@ class Vision:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What examples of a micro-batch begin with as others do: computed once. Of its S tokens S' are computed."""
+    """What examples of a micro-batch begin with as others do: computed once. Of its S tokens S' are computed. In host
+    memory."""
 
     kept: torch.Tensor
     """i64[S']: the tokens that are computed, in order."""
     targets: torch.Tensor
     """i64[M]: where among these the positions that have a target are, each in a place of its own."""
     places: torch.Tensor
-    """i64[S], in host memory: where among these each token's states are."""
+    """i64[S]: where among these each token's states are."""
     begins: tuple[int, ...]
     """E: the first tokens of each example that are computed in another, always fewer than it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One pack: examples laid end to end, isolated by `boundaries`."""
+    """One pack: examples laid end to end, isolated by `boundaries`. In host memory, until the model computes it."""
 
     input_ids: torch.Tensor
     """i64[1, S]"""

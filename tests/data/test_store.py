@@ -85,7 +85,7 @@ def test_a_micro_batch_is_its_examples_end_to_end(tmp_path: Path, examples: list
     """What the loader lays together is what the store holds: no shift, no padding, positions from 0 for each."""
     kept = write(tmp_path, [examples])
     pack = data.draw(st.permutations(range(len(examples))))[: data.draw(st.integers(1, len(examples)))]
-    micro = loader.micro_batch(kept, pack, torch.device("cpu"))
+    micro = loader.micro_batch(kept, pack)
     for index, start, end in zip(pack, micro.boundaries[:-1], micro.boundaries[1:], strict=True):
         one = examples[index]
         assert micro.input_ids[0, start:end].tolist() == one.input_ids.tolist()

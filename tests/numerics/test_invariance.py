@@ -76,7 +76,7 @@ def a_step(rows: list[Example], packs: list[list[int]]) -> Step:
         1, 0, tuple(map(tuple, packs)), int(stored.lengths.sum()), int(stored.supervised_tokens.sum()),
         float(stored.supervised.sum()),
     )
-    return Step(planned, [loader.micro_batch(stored, pack, torch.device("cpu")) for pack in packs])
+    return Step(planned, [loader.micro_batch(stored, pack) for pack in packs])
 
 
 def check_equal(one: Student, rows: list[Example], packs: list[list[int]]) -> None:

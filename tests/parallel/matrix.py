@@ -88,7 +88,7 @@ def step_of(stored: Store, mesh: Mesh, kind: str, tokens: int = 100) -> Step:
         float(stored.supervised.sum()),
     )
     mine = packs[mesh.data_rank :: mesh.data_ranks]
-    return Step(planned, [loader.micro_batch(stored, pack, torch.device("cpu")) for pack in mine])
+    return Step(planned, [loader.micro_batch(stored, pack) for pack in mine])
 
 
 @functools.cache

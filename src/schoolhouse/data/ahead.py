@@ -68,7 +68,7 @@ def of_packs(
 ) -> Iterator[torch.Tensor | None]:
     """The pixels of each pack in order, made by workers where a step of so many examples is worth it."""
     if float(store.patches.mean()) * examples < LITTLE:
-        yield from _by_a_thread(store, packs, sight, share)
+        yield from _by_a_thread(store, packs, sight, share, pinned)
         return
     awaited, asked = itertools.tee(map(tuple, packs))
     made = iter(DataLoader(
@@ -81,13 +81,17 @@ def of_packs(
 
 
 def _by_a_thread(
-    store: Store, packs: Iterable[Pack], sight: Sight, share: Share
+    store: Store, packs: Iterable[Pack], sight: Sight, share: Share, pinned: bool
 ) -> Iterator[torch.Tensor | None]:
     """Pillow and torch let other threads go on while they compute."""
+    def make(pack: Pack) -> torch.Tensor | None:
+        found = of_pack(store, pack, sight, share)
+        return found.pin_memory() if pinned and found is not None else found
+
     with ThreadPoolExecutor(1) as thread:
         made: deque[Future] = deque()
         for pack in packs:
-            made.append(thread.submit(of_pack, store, pack, sight, share))
+            made.append(thread.submit(make, pack))
             if len(made) > DEPTH:
                 yield made.popleft().result()
         while made:

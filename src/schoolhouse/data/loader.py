@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from schoolhouse import crossing
 from schoolhouse.data import ahead, shared_prefixes
 from schoolhouse.data.ahead import WHOLE, Share
 from schoolhouse.data.plan import Plan
@@ -22,15 +23,16 @@ from schoolhouse.data.vision import Sight
 from schoolhouse.shares import share_out
 from schoolhouse.types import MicroBatch, Shared, Step, Vision
 
-Held = TypeVar("Held", MicroBatch, Vision, Shared)
+Held = TypeVar("Held", MicroBatch, Vision)
 
 
 def steps(
     store: Store, plan: Plan, first: int, last: int, device: torch.device, *, rank: int = 0, ranks: int = 1,
     sight: Sight | None = None, share: Share = WHOLE,
 ) -> Iterator[Step]:
-    """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them: a thread has the next one
-    ready in host memory, its images decoded, those of this process's share where several work on one pack."""
+    """Steps `first` to `last` (both included) as data rank `rank` of `ranks` executes them, in host memory, for a model
+    on `device`: a thread has the next one ready, its images decoded, those of this process's share where several work
+    on one pack."""
     assert plan.ranks % ranks == 0, "every rank computes equally many packs"
     stopped = threading.Event()
     made = _made(store, plan, first, last, device, rank, ranks, sight, share, stopped)
@@ -42,7 +44,6 @@ def steps(
             coming = thread.submit(next, made, None)
             while (step := coming.result()) is not None:
                 coming = thread.submit(next, made, None)
-                step = Step(step.planned, [placed(micro, device) for micro in step.micro_batches])
                 yield step
         finally:
             stopped.set()
@@ -52,14 +53,14 @@ def _made(
     store: Store, plan: Plan, first: int, last: int, device: torch.device, rank: int, ranks: int,
     sight: Sight | None, share: Share, stopped: threading.Event,
 ) -> Iterator[Step]:
-    """The steps in host memory; nobody asks for the one that was being made when `stopped`, and it is left a part."""
+    """The steps; nobody asks for the one that was being made when `stopped`, and it is left a part."""
     every, coming = itertools.tee(map(plan.step, range(first, last + 1)))
     packs = (pack for planned in coming for pack in planned.packs[rank::ranks])
     seen = pixels(store, packs, sight, -(-plan.examples // ranks), device, share)
     del coming, packs  # where there are no images nobody asks for them, and `tee` would keep every step of the run
     for planned in every:
         mine = planned.packs[rank::ranks]
-        micros = [_host_batch(store, pack, sight, next(seen), share[1]) for pack in mine if not stopped.is_set()]
+        micros = [micro_batch(store, pack, sight, next(seen), share[1]) for pack in mine if not stopped.is_set()]
         yield Step(planned, micros)
 
 
@@ -74,17 +75,10 @@ def pixels(
 
 
 def micro_batch(
-    store: Store, pack: Sequence[int], device: torch.device, sight: Sight | None = None,
-    seen: torch.Tensor | None = None, degree: int = 1,
+    store: Store, pack: Sequence[int], sight: Sight | None = None, seen: torch.Tensor | None = None, degree: int = 1
 ) -> MicroBatch:
-    """The examples of a pack end to end with the pixels `seen`, of all images or of the share of one of `degree`
-    processes; an empty pack is one token that teaches nothing."""
-    return placed(_host_batch(store, pack, sight, seen, degree), device)
-
-
-def _host_batch(
-    store: Store, pack: Sequence[int], sight: Sight | None, seen: torch.Tensor | None, degree: int
-) -> MicroBatch:
+    """The examples of a pack end to end, in host memory, with the pixels `seen`, of all images or of the share of one
+    of `degree` processes; an empty pack is one token that teaches nothing."""
     if not pack:
         return _empty(sight)
     parts = [*zip(*map(store.tokens, pack), strict=True)]
@@ -110,7 +104,7 @@ def as_planned(store: Store, micro: MicroBatch) -> MicroBatch:
         return micro
     ids, _, weights = zip(*map(store.tokens, micro.pack), strict=True)
     planned = _shared(shared_prefixes.in_turn(ids, weights, _follows(store, micro.pack)), weights)
-    return placed(replace(micro, shared=planned), micro.input_ids.device)
+    return replace(micro, shared=planned)
 
 
 def _follows(store: Store, pack: Sequence[int]) -> list[bool]:
@@ -141,19 +135,18 @@ def _shared(found: shared_prefixes.Found, weights: Sequence[np.ndarray]) -> Shar
 
 
 def placed(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """A micro-batch in host memory, moved to a device."""
+    """A micro-batch in host memory as a model on a device takes it: what is `shared` stays, for it tells how to attend.
+    """
     if device.type == "cpu":
         return micro
-    vision = None if micro.vision is None else _moved(micro.vision, device)
-    alike = None if micro.shared is None else _moved(micro.shared, device, but="places")
-    return replace(_moved(micro, device), vision=vision, shared=alike)
+    return replace(_moved(micro, device), vision=None if micro.vision is None else _moved(micro.vision, device))
 
 
-def _moved(one: Held, device: torch.device, but: str = "") -> Held:
-    """The record with its own tensors, `but` one, on a device."""
-    values = {each.name: getattr(one, each.name) for each in fields(one) if each.name != but}
+def _moved(one: Held, device: torch.device) -> Held:
+    """The record with its own tensors on a device."""
+    values = {each.name: getattr(one, each.name) for each in fields(one)}
     tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-    return replace(one, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+    return replace(one, **{name: crossing.sent(value, device) for name, value in tensors.items()})
 
 
 def _positions(store: Store, pack: Sequence[int], lengths: Sequence[int], sight: Sight | None) -> torch.Tensor:

@@ -58,9 +58,9 @@ def prove(student: Student, seeing: Sight | None = None) -> Proof:
         layer.train()  # as they will compute: some kernels are taken in training alone
     try:
         with torch.no_grad(), _understood(student):
-            packed, states = _states(student, _pack(sequences, student.device, seeing, vision))
+            packed, states = _states(student, _pack(sequences, seeing, vision))
             others = [_other(student, sequences[0], seeing), *sequences[1:]]
-            moved = _moved(states, _states(student, _pack(others, student.device, seeing, vision))[1])
+            moved = _moved(states, _states(student, _pack(others, seeing, vision))[1])
             student.model.set_attn_implementation("eager")
             with elementwise.as_written(student.model):
                 alone = sum(
@@ -134,7 +134,7 @@ def packed_loss(student: Student, seeing: Sight | None = None) -> float:
     sequences, vision = _sequences(student, seeing)
     training = student.model.training
     student.model.eval()
-    nll = student.loss(_pack(sequences, student.device, seeing, vision)).nll
+    nll = student.loss(_pack(sequences, seeing, vision)).nll
     student.model.train(training)
     fsdp.rest(student)
     return float(student.mesh.sum(nll)) / student.mesh.data_ranks
@@ -177,9 +177,7 @@ def _with_image(
     return [plain[0], second], Vision(seen, torch.tensor([grid], device=place), shares=shares)
 
 
-def _pack(
-    sequences: list[torch.Tensor], place: torch.device, seeing: Sight | None, vision: Vision | None
-) -> MicroBatch:
+def _pack(sequences: list[torch.Tensor], seeing: Sight | None, vision: Vision | None) -> MicroBatch:
     """Token sequences as one micro-batch; the image, where there is one, is the last sequence's.
 
     Not every token is supervised, so that the proof sees it where something is computed for targets alone.
@@ -192,7 +190,7 @@ def _pack(
         grids = [[], [tuple(vision.grid[0].tolist())]]
         placed = [seeing.positions(one[:-1].numpy(), grid) for one, grid in zip(sequences, grids, strict=True)]
         positions = torch.cat([torch.from_numpy(one) for one in placed], dim=1).unsqueeze(1)
-    micro = MicroBatch(
+    return MicroBatch(
         input_ids=torch.cat([sequence[:-1] for sequence in sequences]).unsqueeze(0),
         labels=torch.cat([sequence[1:] for sequence in sequences]).unsqueeze(0),
         weights=supervised.float().unsqueeze(0),
@@ -201,7 +199,6 @@ def _pack(
         targets=supervised.nonzero().flatten(),
         pack=(), supervised=float(supervised.sum()), vision=vision, shared=shared,
     )
-    return loader.placed(micro, place)
 
 
 def _own_loss(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from schoolhouse import crossing
 from schoolhouse.model import varlen
 from schoolhouse.model.varlen import Ends, Kernels
 from schoolhouse.parallel.ulysses import Exchange
@@ -125,12 +126,13 @@ def layout(
 ) -> Layout:
     """Group the examples between `boundaries` (E + 1 offsets of all tokens) by length, with so much padding.
 
-    Runs of `visual` tokens (bool[S]) within an example see one another in both directions, as images do in Gemma 3.
+    Runs of `visual` tokens (bool[S], in host memory) within an example see one another in both directions, as images
+    do in Gemma 3.
     """
     assert visual is None or shared is None, "what sees shares nothing"
     begins = [0] * (len(boundaries) - 1) if shared is None else shared.begins
     members = _members(boundaries, begins, padding)
-    runs = None if visual is None else _runs(visual.cpu(), boundaries)
+    runs = None if visual is None else _runs(visual, boundaries)
     tokens = torch.arange(boundaries[-1])
     own = torch.cat([part[begin:] for part, begin in zip(tokens.tensor_split(boundaries[1:-1]), begins, strict=True)])
     computed = torch.zeros(boundaries[-1], dtype=torch.bool).index_fill_(0, own, True)
@@ -181,8 +183,8 @@ def _way(
     back = torch.empty(number, dtype=torch.int64)
     back[there[mine]] = mine.nonzero().flatten()
     copies = (real & ~mine).nonzero().flatten() if copied else None
-    at = None if copies is None else there[copies].to(device)
-    return Way(there.to(device), back.to(device), None if copies is None else copies.to(device), at)
+    found = (there, back, *(() if copies is None else (copies, there[copies])))
+    return Way(*(crossing.sent(one, device) for one in found))
 
 
 def _runs(visual: Tensor, boundaries: Sequence[int]) -> Tensor:
@@ -196,4 +198,4 @@ def _runs(visual: Tensor, boundaries: Sequence[int]) -> Tensor:
 def _together(runs: Tensor, device: torch.device) -> Tensor | None:
     """bool[E, 1, T, T]: the pairs of the same run, of runs [E, T]; None where there is none."""
     same = (runs.unsqueeze(2) == runs.unsqueeze(1)) & (runs > 0).unsqueeze(2)
-    return same.unsqueeze(1).to(device) if runs.any() else None
+    return crossing.sent(same.unsqueeze(1), device) if runs.any() else None

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from schoolhouse import inert, loss
+from schoolhouse import crossing, inert, loss
 from schoolhouse.config import Lora, Model
+from schoolhouse.data import loader
 from schoolhouse.errors import ConfigError, ModelError
 from schoolhouse.loss import Head
 from schoolhouse.model import (
@@ -132,6 +133,8 @@ class Student(nn.Module):
         self, part: MicroBatch, drawn: Drawn | None = None, worth: torch.Tensor | None = None, share: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, correct targets and supervised weight of this process's part [1, S / U]; `worth` [E] of examples."""
+        visual = None if part.vision is None else sight.together(self.model, part.input_ids)
+        part, worth = loader.placed(part, self.device), None if worth is None else crossing.sent(worth, self.device)
         head = self.head
         totals = [None, None]
         if torch.is_grad_enabled():
@@ -152,9 +155,7 @@ class Student(nn.Module):
                 use_cache=False,
                 **({"targets": part.targets} if self._only_targets and len(part.targets) else {}),
                 layout=layouts.layout(
-                    part.boundaries, part.input_ids.device, self.exchange,
-                    None if part.vision is None else sight.together(self.model, part.input_ids), kernels=self.kernels,
-                    shared=part.shared,
+                    part.boundaries, self.device, self.exchange, visual, kernels=self.kernels, shared=part.shared,
                 ),
                 **({"output_router_logits": True} if added.balance else {}),
                 **sight.inputs(self.model, part.vision, part.input_ids, self.exchange),
@@ -180,7 +181,7 @@ class Student(nn.Module):
 
 def _worth(micro: MicroBatch, part: MicroBatch) -> torch.Tensor:
     """The supervised weight of each example of the whole micro-batch [E]; of one that only pads it, 0."""
-    ends = torch.tensor(part.boundaries, device=micro.weights.device).clamp(max=micro.weights.shape[1])
+    ends = torch.tensor(part.boundaries).clamp(max=micro.weights.shape[1])
     sums = torch.nn.functional.pad(micro.weights[0].double().cumsum(0), (1, 0))
     return sums[ends].diff()
 

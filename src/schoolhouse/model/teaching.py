@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from schoolhouse import crossing
 from schoolhouse.config import Train
 from schoolhouse.errors import ConfigError
 
@@ -75,7 +76,7 @@ class Span:
 
     def examples(self, device: torch.device) -> Tensor:
         """i64[S / U]: the example of each token."""
-        ends = torch.tensor(self.boundaries[1:], device=device)
+        ends = crossing.sent(torch.tensor(self.boundaries[1:]), device)
         return torch.searchsorted(ends, torch.arange(self.start, self.start + self.length, device=device), right=True)
 
 
@@ -132,7 +133,7 @@ def balance_loss(
     `logits` are the routers' [S / U, X] of every layer. As in transformers, an example's loss is X times the sum over
     experts of (share of its tokens, over all layers, that chose the expert) x (mean probability of the expert).
     """
-    lengths = torch.tensor(span.boundaries, device=worth.device).diff()
+    lengths = crossing.sent(torch.tensor(span.boundaries), worth.device).diff()
     owner = span.examples(worth.device)
     accurate = torch.promote_types(logits[0].dtype, torch.float32)
     counts = torch.zeros(len(lengths), logits[0].shape[-1], dtype=accurate, device=worth.device)

@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 
+from schoolhouse import crossing
 from schoolhouse.model import attended, families
 from schoolhouse.parallel.mesh import Mesh
 
@@ -116,11 +117,11 @@ def ends(
     """The ends of the examples between `boundaries` (E + 1 offsets), on a device; the first `begins` tokens of each ask
     nothing, where that is given."""
     lengths = np.diff(boundaries)
-    offsets = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
+    offsets = crossing.sent(torch.tensor(boundaries, dtype=torch.int32), device)
     asking, asked = offsets, lengths
     if begins is not None:
         asked = lengths - np.asarray(begins)
-        asking = torch.from_numpy(np.append(0, asked.cumsum()).astype(np.int32)).to(device, non_blocking=True)
+        asking = crossing.sent(torch.from_numpy(np.append(0, asked.cumsum()).astype(np.int32)), device)
     return Ends(offsets, int(lengths.max()), tuple(boundaries), asking, int(asked.max()), runs, trusted)
 
 
@@ -321,9 +322,9 @@ def _sight(ends: Ends, window: int | None, place: torch.device) -> Callable:
     """Whether a query sees a key, by their places in the sequence. All that varies is in tensors, so that one compiled
     function serves every pack and layer."""
     lengths, tokens = torch.tensor(ends.boundaries).diff(), ends.boundaries[-1]
-    starts = torch.tensor(ends.boundaries[:-1]).repeat_interleave(lengths).to(place)
-    runs = (torch.zeros(tokens, dtype=torch.int64) if ends.runs is None else ends.runs).to(place)
-    reach = torch.tensor(tokens if window is None else window, device=place)
+    starts = crossing.sent(torch.tensor(ends.boundaries[:-1]).repeat_interleave(lengths), place)
+    runs = crossing.sent(torch.zeros(tokens, dtype=torch.int64) if ends.runs is None else ends.runs, place)
+    reach = crossing.sent(torch.tensor(tokens if window is None else window), place)
 
     def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = (query >= key) & (key >= starts[query])
@@ -363,4 +364,5 @@ def _listed(chosen: np.ndarray, place: torch.device) -> tuple[Tensor, Tensor]:
     """Of bool[blocks of queries, blocks of keys]: how many are chosen i32[1, 1, Q], and which first i32[1, 1, Q, K]."""
     order = np.argsort(~chosen, axis=1, kind="stable").astype(np.int32)
     counts = chosen.sum(1, dtype=np.int32)
-    return torch.from_numpy(counts)[None, None].to(place), torch.from_numpy(order)[None, None].to(place)
+    counted, listed = (crossing.sent(torch.from_numpy(one)[None, None], place) for one in (counts, order))
+    return counted, listed
