@@ -7,11 +7,13 @@ import itertools
 import math
 import shutil
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -325,7 +327,10 @@ def test_a_parameter_without_gradient_can_be_saved_and_put_back(precision: str) 
 RATES = st.builds(
     Optim, learning_rate=st.floats(1e-8, 1.0), schedule=st.sampled_from(["cosine", "linear", "constant"]),
     warmup=st.floats(0, 1, exclude_max=True), minimum=st.floats(0, 1),
-)
+) | st.floats(0, 0.98).flatmap(lambda warmup: st.builds(
+    Optim, learning_rate=st.floats(1e-8, 1.0), warmup=st.just(warmup), minimum=st.floats(0, 1),
+    schedule=st.floats(0.005, 1 - warmup - 0.001).map(lambda falls: f"wsd:{falls:.6f}"),
+))
 
 
 @settings(max_examples=200, deadline=None)
@@ -353,6 +358,9 @@ def test_the_rate_is_told() -> None:
     assert optim.told(Optim(), 60, adapters=True) == f"{said}; adapters usually take 0.0001 to 0.0004"
     steady = Optim(learning_rate=2e-4, schedule="constant", warmup=0)
     assert optim.told(steady, 1000, adapters=True) == "up to 0.0002 in 0 of 1,000 steps, then constant"
+    late = Optim(schedule="wsd", minimum=0.1)
+    assert optim.told(late, 60, adapters=False) == (
+        "up to 1e-05 in 3 of 60 steps, then constant, in the last 12 down to 1e-06 (wsd)")
 
 
 def test_the_rate_at_known_points() -> None:
@@ -364,6 +372,18 @@ def test_the_rate_at_known_points() -> None:
     assert optim.learning_rate(cosine, 4, 10) == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi / 4)) / 2)
     assert optim.learning_rate(line, 4, 10) == pytest.approx(0.2 + 1.8 * 0.75)
     assert optim.learning_rate(Optim(learning_rate=2.0, warmup=0, schedule="constant"), 7, 10) == 2.0
+    stable = Optim(learning_rate=2.0, warmup=0.2, minimum=0.1, schedule="wsd:0.4")
+    assert [optim.learning_rate(stable, step, 10) for step in (1, 2, 3, 6, 10)] == [1.0, 2.0, 2.0, 2.0, 0.2]
+    assert optim.learning_rate(stable, 8, 10) == pytest.approx(0.2 + 1.8 * 0.5)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"schedule": "wsd:0.6", "warmup": 0.5}, "more than all steps"),
+    ({"schedule": "wsd", "warmup": 0.9}, "more than all steps"), ({"schedule": "wsd:20"}, "match"),
+])
+def test_a_fall_that_cannot_be_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Optim(**given)
 
 
 # Factors of the learning rate.
@@ -474,7 +494,7 @@ def test_muon_may_move_everything() -> None:
 
 def test_a_single_step_has_the_peak() -> None:
     """It would be the last of its schedule, at `minimum`: a first try of one step would try nothing."""
-    for schedule in ("cosine", "linear", "constant"):
+    for schedule in ("cosine", "linear", "constant", "wsd"):
         assert optim.learning_rate(Optim(learning_rate=0.5, schedule=schedule, warmup=0.1), 1, 1) == 0.5
         assert optim.learning_rate(Optim(learning_rate=0.5, schedule="cosine", warmup=0.0), 2, 2) == 0.0
 

@@ -274,8 +274,9 @@ class Optim(Section):
     rates: dict[str, PositiveFloat] = {}
     """Factors of the learning rate for some parameters, e.g. `{vision: 0.1, lora_B: 16, "embed|lm_head": 0.5}`. A key
     is a part (`vision`, `projector`, `language`) or a regex found in the name; the first that matches decides."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """The way down from the peak to `minimum`."""
+    schedule: Annotated[str, Field(pattern=r"^(cosine|linear|constant|wsd|wsd:(0\.\d+|1))$")] = "cosine"
+    """The way down from the peak to `minimum`: `cosine`, `linear` or `constant`; `wsd` (warm-up, stable, decay; Hägele
+    et al., 2024) stays at the peak and falls in a line in the last fifth of all steps, `wsd:0.1` in the last tenth."""
     warmup: Share = 0.05
     """Share of the steps in which the learning rate rises from 0, below 1: 0.05, not a number of steps."""
     minimum: Fraction = 0.0
@@ -292,6 +293,19 @@ class Optim(Section):
     """Decay of the sum of gradients (Muon)."""
     clip: PositiveFloat | None = 1.0
     """The largest norm of the whole gradient; null clips nothing."""
+
+    @model_validator(mode="after")
+    def _decays(self) -> Optim:
+        if self.warmup + (self.falling or 0.0) > 1:
+            raise ValueError(f"warmup ({self.warmup:g}) and {self.schedule}'s fall ({self.falling:g}) are more than "
+                             "all steps")
+        return self
+
+    @property
+    def falling(self) -> float | None:
+        """The share of all steps, the last ones, in which wsd falls; None for other schedules."""
+        name, _, share = self.schedule.partition(":")
+        return float(share or 0.2) if name == "wsd" else None
 
     @model_validator(mode="after")
     def _patterns(self) -> Optim:

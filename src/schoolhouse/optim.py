@@ -290,15 +290,20 @@ def learning_rate(settings: Optim, step: int, steps: int) -> float:
     warmup = warmup_steps(settings, steps)
     if step <= warmup:
         return settings.learning_rate * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[settings.schedule]
+    first = warmup if settings.falling is None else steps - falling_steps(settings, steps)
+    done = max(0, step - first) / max(1, steps - first)
+    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}.get(settings.schedule, 1 - done)
     return settings.learning_rate * (settings.minimum + (1 - settings.minimum) * shape)
 
 
 def told(settings: Optim, steps: int, *, adapters: bool) -> str:
     """The learning rate of a run of so many steps, in words, with what adapters usually take where it is far less."""
     warm, last = warmup_steps(settings, steps), settings.learning_rate * settings.minimum
-    down = "then constant" if settings.schedule == "constant" else f"then down to {last:.3g} ({settings.schedule})"
+    down = f"then down to {last:.3g} ({settings.schedule})"
+    if settings.schedule == "constant":
+        down = "then constant"
+    elif settings.falling is not None:
+        down = f"then constant, in the last {falling_steps(settings, steps):,} down to {last:.3g} (wsd)"
     hint = f"; adapters usually take {ADAPTERS[0]:g} to {ADAPTERS[1]:g}"
     low = adapters and settings.learning_rate < ADAPTERS[0] / 2
     return f"up to {settings.learning_rate:.3g} in {warm:,} of {steps:,} steps, {down}{hint if low else ''}"
@@ -307,6 +312,11 @@ def told(settings: Optim, steps: int, *, adapters: bool) -> str:
 def warmup_steps(settings: Optim, steps: int) -> int:
     """The number of steps in which the learning rate rises."""
     return round(settings.warmup * steps)
+
+
+def falling_steps(settings: Optim, steps: int) -> int:
+    """The number of steps at the end in which the schedule wsd falls: at least one, and none of warm-up."""
+    return min(max(1, round(settings.falling * steps)), steps - warmup_steps(settings, steps))
 
 
 def narrow(model: nn.Module) -> None:

@@ -36,7 +36,7 @@ WORDS = {
     "train.balance": "router_aux_loss_coef moe_aux_loss_coeff",
     "optim.name": "optimizer optim_type",
     "optim.learning_rate": "lr",
-    "optim.schedule": "lr_scheduler lr_scheduler_type lr_decay_style",
+    "optim.schedule": "lr_scheduler lr_scheduler_type lr_decay_style stable_ratio",
     "optim.warmup": "warmup_ratio warmup_steps lr_warmup_steps lr_warmup_steps_ratio warmup_steps_ratio",
     "optim.minimum": "min_lr min_lr_ratio cosine_min_lr_ratio",
     "optim.beta1": "adam_beta1 betas", "optim.beta2": "adam_beta2", "optim.epsilon": "adam_epsilon eps",
