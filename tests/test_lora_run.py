@@ -7,19 +7,22 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_run import here
 from transformers import AutoModelForCausalLM
 
-from schoolhouse import checkpoint, places, talk, trained
+from schoolhouse import card, checkpoint, places, talk, trained
 from schoolhouse import recipe as recipes
-from schoolhouse.config import Lora
+from schoolhouse.config import Lora, Recipe
 from schoolhouse.model import lora, spread
 from schoolhouse.parallel.mesh import ALONE
+from schoolhouse.report import read
 from schoolhouse.types import Message, Part
 
 LESSON = """\
@@ -98,6 +101,23 @@ def test_the_adapter_is_exported_in_pefts_format(run: Path, tmp_path: Path) -> N
     assert all(torch.equal(file[f"base_model.model.{name.replace('.default', '')}"], kept[name]) for name in kept)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").is_file()
+
+
+def test_the_adapters_card_loads_them(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own lines; beside a base of the hub, the hub is told which."""
+    said("export", run, "--out", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "LoRA r4" in text and "base_model" not in text.split("---")[1]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert type(names["student"]).__name__ == "PeftModelForCausalLM" and names["tokenizer"].chat_template
+    told = Recipe.model_validate(json.loads((run / "run.json").read_text())["recipe"])
+    card.write(tmp_path, tmp_path / "out", read.read(run), told, 6, "adapter", base="Qwen/Qwen3-0.6B", public=True,
+               sees=False, proof="")
+    facts = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert (facts["base_model"], facts["base_model_relation"], facts["library_name"]) == (
+        "Qwen/Qwen3-0.6B", "adapter", "peft")
 
 
 def test_the_merged_model_is_a_plain_one(run: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from plain_sft import plain_gradient
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -592,6 +593,25 @@ def test_the_export_is_what_was_trained(run: Path, exported: Path, store: Store)
     assert not torch.equal(plain.get_input_embeddings().weight, student().get_input_embeddings().weight)
 
 
+def test_the_export_says_what_it_is(run: Path, exported: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """Its card has the hub's facts, both exams, the rows taught, and the recipe that does it again."""
+    text = (exported / "README.md").read_text(encoding="utf-8")
+    facts = yaml.safe_load(text.split("---\n")[1])
+    assert facts["library_name"] == "transformers" and facts["pipeline_tag"] == "text-generation"
+    assert "base_model" not in facts, "a starter is no model of the hub"
+    step = checkpoint.verify(checkpoint.steps_in(run / "checkpoints")[-1]).state["best"]["step"]
+    first, last = ([one for one in records(run) if one["kind"] == "eval" and one["step"] == at] for at in (0, step))
+    exams, losses = ([one for one in (*first, *last) if one["name"] == name] for name in ("exam", "validation"))
+    assert f"| | before | after step {step} |" in text
+    assert "| exam | {} of 6 ({:.1%}) | {} of 6 ({:.1%}) |".format(
+        *(value for one in exams for value in (one["correct"], one["score"]))) in text
+    assert "| validation loss | {:.4f} | {:.4f} |".format(*(one["loss"] for one in losses)) in text
+    assert "200 rows were read and 200 kept: 200 examples" in text
+    page = write_recipe(tmp_path, text.split("```yaml\n")[1].split("```")[0])
+    assert recipes.read(page).model_copy(update={"directory": recipe.directory}) == recipe
+    compile(text.split("```python\n")[1].split("```")[0], "the card", "exec")
+
+
 def test_the_export_is_served_as_it_was_trained(exported: Path) -> None:
     """The same template, tokens and stop tokens; nothing that is code or pickle; no staging beside it."""
     base = places.model_directory("starter/qwen3")
@@ -605,7 +625,7 @@ def test_the_export_is_served_as_it_was_trained(exported: Path) -> None:
     written = model.generate(torch.tensor([said]), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert written.shape[1] > len(said)
     kinds = {path.suffix for path in exported.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert kinds <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
     assert [path.name for path in exported.parent.iterdir()] == ["model"]
 
 

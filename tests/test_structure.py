@@ -27,7 +27,7 @@ LAYERS = (
      "crossing", "stopping", "starter", "reference"),
     ("data", "parallel"),
     ("loss", "model", "optim", "graders", "memory"),
-    ("checkpoint", "saving", "evaluate", "record", "room", "estimate", "screen", "overview", "export", "proof",
+    ("checkpoint", "saving", "evaluate", "record", "room", "estimate", "screen", "overview", "export", "card", "proof",
      "report"),
     ("run", "fitting", "trained", "rehearsal", "talk", "outcome", "train", "replay", "jobs", "selfcheck",
      "serve", "track"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from schoolhouse import checkpoint, evaluate, inert, optim, overview, places, proof
+from schoolhouse import card, checkpoint, evaluate, inert, optim, overview, places, proof
 from schoolhouse import export as exporting
 from schoolhouse.checkpoint import Checkpoint
 from schoolhouse.config import Lora, Model, Recipe
@@ -20,6 +20,7 @@ from schoolhouse.errors import CheckpointError, ConfigError
 from schoolhouse.export import Trained
 from schoolhouse.model import adapter_files, load, products
 from schoolhouse.model.load import Student
+from schoolhouse.report import read
 
 PROVED_PROMPTS = 4
 """Prompts on which an exported model is compared."""
@@ -98,12 +99,19 @@ def export_run(directory: Path, out: str | None, step: int | None, merge: bool =
     place = Path(out) if out else directory / ("merged" if merge else "export")
     trained = Trained(found.tensors(checkpoint.WEIGHTS), recipe.lora, recipe.model.freeze)
     staging = exporting.staged(place)
-    if recipe.lora is None or merge:
-        exporting.write_model(base, trained, model, staging)
-    else:
-        name = recipe.model.path if _of_the_hub(recipe) else str(base.resolve())
+    public = _of_the_hub(recipe)
+    name = recipe.model.path if public else str(base.resolve())
+    form: card.Form = "whole" if recipe.lora is None else "merged" if merge else "adapter"
+    if form == "adapter":
         exporting.write_adapter(base, name, recipe.model.revision, trained, model, staging)
-    shown = f"step {found.step}, {proof.prove(base, trained, model, _prompts(recipe, model), staging)}"
+    else:
+        exporting.write_model(base, trained, model, staging)
+    proved = proof.prove(base, trained, model, _prompts(recipe, model), staging)
+    card.write(
+        staging, place, read.read(directory), recipe, found.step, form, base=name, public=public,
+        sees=model.sight is not None, proof=proved,
+    )
+    shown = f"step {found.step}, {proved}"
     exporting.publish(staging, place, shown)
     return place, shown
 
