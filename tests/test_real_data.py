@@ -125,7 +125,7 @@ def test_stories260k_matches_its_golden_values(shared: Path) -> None:
     place, golden = _stories(shared)
     student = load.load(place, Model(path=str(place)), torch.device("cpu"))
     ids = torch.tensor(golden["ids"])
-    loss = student.loss(isolation._pack([ids, ids[:40]], torch.device("cpu"), None, None))
+    loss = student.loss(isolation._pack([ids, ids[:40]], None, None))
     both = (golden["nll_per_token"][isolation.OPENING : end : isolation.EACH] for end in (None, 39))
     wanted = sum(map(sum, both))
     assert float(loss.nll.detach()) == pytest.approx(wanted, rel=1e-4)
