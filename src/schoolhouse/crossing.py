@@ -7,6 +7,7 @@ waits until all of that is done, and the accelerator then waits for the next thi
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -16,6 +17,13 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     """Values of host memory on a device, which copies them when it comes to it; what is there already stays."""
     leaves = values.device.type == "cpu" and device.type == "cuda"
     return (values.pin_memory() if leaves else values).to(device, non_blocking=True)
+
+
+def thread(device: torch.device) -> ThreadPoolExecutor:
+    """A thread that makes things for a device: which one is meant by default belongs to a thread."""
+    if device.index is None:
+        return ThreadPoolExecutor(1)
+    return ThreadPoolExecutor(1, initializer=torch.accelerator.set_device_index, initargs=(device.index,))
 
 
 class Moment:

@@ -39,7 +39,7 @@ class Outcome:
         self.rate = rate
         """The learning rate."""
         self.data_seconds = data_seconds
-        """How long the step waited for its rows."""
+        """How long the program waited for the step's rows; an accelerator may have been at the step before."""
         norm = norm.to(sums)
         self.finite = torch.isfinite(sums[0]) & torch.isfinite(norm)
         """Whether loss and gradient are finite numbers, on the device."""
@@ -78,8 +78,34 @@ class Outcomes:
                 self._run.note_step(record)
                 self._show(record)
             else:
-                _skip_or_stop(self._run, outcome.step, loss, norm)
+                self._skip_or_stop(outcome.step, loss, norm)
             self._before = end
+
+    def _skip_or_stop(self, step: Step, loss: float, norm: float) -> None:
+        """Loss or gradient was no number, and nothing was updated: go on where that is allowed once more, else stop.
+
+        Both numbers are sums over all processes, so all of them come here, in the same step.
+        """
+        run = self._run
+        rows = [str(run.store.origin(index)) for pack in step.planned.packs for index in pack]
+        run.record.write("bad_step.json", {
+            "step": step.index, "seed": run.recipe.seed, "loss": str(loss), "grad_norm": str(norm), "examples": rows,
+            "packs": step.planned.packs,
+        })
+        allowed = run.recipe.train.skips
+        if run.skipped < allowed:
+            run.note_skipped(step.index, loss, norm)
+            return
+        for _, end in self._coming:  # what is under way needs every process: none may leave before
+            end.wait()
+        before = f" after {run.skipped} that were skipped" if run.skipped else ""
+        raise NonFiniteError(
+            f"step {step.index} has the loss {loss} and a gradient of norm {norm}{before}",
+            required="finite numbers; nothing was updated, and what was saved before is sound",
+            where=f"{run.record.directory / 'bad_step.json'} lists its {len(rows)} examples",
+            remedy=f"`schoolhouse replay {run.record.directory}`; look at these rows, lower optim.learning_rate, "
+            f"or set train.on_nonfinite=skip:{allowed + 3}",
+        )
 
     def begin(self) -> None:
         """The next step begins now: what was measured and saved since the last one is no part of it."""
@@ -117,7 +143,8 @@ class NamingRows:
         if error is not None:
             rows = [str(self._run.store.origin(index)) for micro in self._step.micro_batches for index in micro.pack]
             more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-            error.add_note(f"at step {self._step.index}, in the rows {', '.join(rows[:NAMED_ROWS])}{more}")
+            late = " (or the one before)" if delay(self._run.student.device) else ""
+            error.add_note(f"at step {self._step.index}{late}, in the rows {', '.join(rows[:NAMED_ROWS])}{more}")
 
 
 def _record(
@@ -139,27 +166,3 @@ def _drawn(planned: PlannedStep) -> str:
     """The examples of a step as one short hash: equal where two runs learnt from the same ones, in whatever packs."""
     drawn = sorted(index for pack in planned.packs for index in pack)
     return hashlib.sha256(np.asarray(drawn, dtype=np.int64).tobytes()).hexdigest()[:12]
-
-
-def _skip_or_stop(run: Run, step: Step, loss: float, norm: float) -> None:
-    """Loss or gradient was no number, and nothing was updated: go on where that is allowed once more, else stop.
-
-    Both numbers are sums over all processes, so all of them come here, in the same step.
-    """
-    rows = [str(run.store.origin(index)) for pack in step.planned.packs for index in pack]
-    run.record.write("bad_step.json", {
-        "step": step.index, "seed": run.recipe.seed, "loss": str(loss), "grad_norm": str(norm), "examples": rows,
-        "packs": step.planned.packs,
-    })
-    allowed = run.recipe.train.skips
-    if run.skipped < allowed:
-        run.note_skipped(step.index, loss, norm)
-        return
-    before = f" after {run.skipped} that were skipped" if run.skipped else ""
-    raise NonFiniteError(
-        f"step {step.index} has the loss {loss} and a gradient of norm {norm}{before}",
-        required="finite numbers; nothing was updated, and what was saved before is sound",
-        where=f"{run.record.directory / 'bad_step.json'} lists its {len(rows)} examples",
-        remedy=f"`schoolhouse replay {run.record.directory}`; look at these rows, lower optim.learning_rate, "
-        f"or set train.on_nonfinite=skip:{allowed + 3}",
-    )

@@ -204,8 +204,8 @@ def plainly(
     model.to(arithmetic)
     supervised, total = float(store.supervised.sum()), 0.0
     for index in range(len(store)):
-        example, micro = store[index], loader.placed(_micro_batch(store, [index], seeing), model.device)
-        vision = micro.vision
+        example = store[index]
+        vision = loader.placed(_micro_batch(store, [index], seeing), model.device).vision
         ids, labels = (
             torch.from_numpy(part.astype("int64")).to(model.device) for part in (example.input_ids, example.labels)
         )

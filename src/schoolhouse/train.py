@@ -45,13 +45,12 @@ def train(run: Run, stop: StopRequest) -> None:
 
 def _steps(run: Run, stop: StopRequest, mesh: Mesh) -> None:
     """The loop."""
-    ticks = time.perf_counter()
     with stop.deferred(), run.screen.steps(run.steps, run.done) as progress:
         if mesh.any(stop.asked):  # from here on all wait for one another's word: nobody may have left before
             raise Stopped(EARLY)
         if run.over:
             return
-        outcomes = Outcomes(run, progress.show)
+        outcomes, ticks = Outcomes(run, progress.show), time.perf_counter()
         for step in loader.steps(
             run.store, run.plan, run.done + 1, run.steps, run.student.device,
             rank=mesh.data_rank, ranks=mesh.data_ranks, sight=run.served.sight, share=mesh.seat,
@@ -91,7 +90,7 @@ def gradient(student: Student, step: Step, seed: int) -> Tensor:
     """Accumulate the gradient of a whole step. Its sums over all ranks, f64[6] on the device: weighted nll, correct
     targets, weight and number of those that met the vocabulary, tokens and operations that were spared.
 
-    Nothing here waits for an accelerator.
+    Nothing here waits for an accelerator, as far as the model does not.
     """
     mesh = student.mesh
     sums, spared = torch.zeros(4, dtype=torch.float64, device=student.device), []

@@ -13,7 +13,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from schoolhouse import crossing
 from schoolhouse.data import store as stores
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
@@ -33,6 +34,7 @@ DEPTH = 2
 """Packs that each worker, or the thread, has ready or under way."""
 LITTLE = 1 << 14
 """Patches of an average step that a thread makes: starting workers costs seconds, these cost a few hundredths."""
+CPU = torch.device("cpu")
 Share = tuple[int, int]
 """This process among those that divide the images of a pack, and how many these are."""
 WHOLE: Share = (0, 1)
@@ -64,31 +66,33 @@ def of_pack(store: Store, pack: Pack, sight: Sight, share: Share = WHOLE) -> tor
 
 
 def of_packs(
-    store: Store, packs: Iterable[Pack], sight: Sight, examples: int, *, share: Share = WHOLE, pinned: bool = False
+    store: Store, packs: Iterable[Pack], sight: Sight, examples: int, *, share: Share = WHOLE,
+    device: torch.device = CPU,
 ) -> Iterator[torch.Tensor | None]:
-    """The pixels of each pack in order, made by workers where a step of so many examples is worth it."""
+    """The pixels of each pack in order, for a model on `device`; made by workers where a step of so many examples is
+    worth it."""
     if float(store.patches.mean()) * examples < LITTLE:
-        yield from _by_a_thread(store, packs, sight, share, pinned)
+        yield from _by_a_thread(store, packs, sight, share, device)
         return
     awaited, asked = itertools.tee(map(tuple, packs))
     made = iter(DataLoader(
         _Packs(store.directory, sight, share), batch_size=None, sampler=_Order(asked),
         num_workers=min(8, os.cpu_count() or 1), prefetch_factor=DEPTH, multiprocessing_context="spawn",
-        worker_init_fn=_ignore_signals, pin_memory=pinned,
+        worker_init_fn=_ignore_signals, pin_memory=device.type == "cuda",
     ))
     for pack in awaited:
         yield _received(made, store, pack)
 
 
 def _by_a_thread(
-    store: Store, packs: Iterable[Pack], sight: Sight, share: Share, pinned: bool
+    store: Store, packs: Iterable[Pack], sight: Sight, share: Share, device: torch.device
 ) -> Iterator[torch.Tensor | None]:
     """Pillow and torch let other threads go on while they compute."""
     def make(pack: Pack) -> torch.Tensor | None:
         found = of_pack(store, pack, sight, share)
-        return found.pin_memory() if pinned and found is not None else found
+        return found.pin_memory() if device.type == "cuda" and found is not None else found
 
-    with ThreadPoolExecutor(1) as thread:
+    with crossing.thread(device) as thread:
         made: deque[Future] = deque()
         for pack in packs:
             made.append(thread.submit(make, pack))

@@ -6,7 +6,6 @@ import itertools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import TypeVar
 
@@ -36,10 +35,7 @@ def steps(
     assert plan.ranks % ranks == 0, "every rank computes equally many packs"
     stopped = threading.Event()
     made = _made(store, plan, first, last, device, rank, ranks, sight, share, stopped)
-    # the device that is meant by default belongs to a thread
-    at = {} if device.index is None else {
-        "initializer": torch.accelerator.set_device_index, "initargs": (device.index,)}
-    with ThreadPoolExecutor(1, **at) as thread:
+    with crossing.thread(device) as thread:
         try:
             coming = thread.submit(next, made, None)
             while (step := coming.result()) is not None:
@@ -71,7 +67,7 @@ def pixels(
     """The pixels of each pack in order, or of this process's share; None for a pack or a model without images."""
     if sight is None:
         return itertools.repeat(None)
-    return ahead.of_packs(store, packs, sight, examples, share=share, pinned=device.type == "cuda")
+    return ahead.of_packs(store, packs, sight, examples, share=share, device=device)
 
 
 def micro_batch(

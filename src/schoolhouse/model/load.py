@@ -120,7 +120,9 @@ class Student(nn.Module):
         tokens = len(part.targets)
         if fills:
             part = sizes.with_more_targets(part, self.multiple)
-        nll, correct, weight = self(part, drawn, _worth(micro, part) if self.teaching.balance else None, share)
+        # what is a tensor by itself would be moved by FSDP, which waits
+        worth = crossing.sent(_worth(micro, part), self.device) if self.teaching.balance else None
+        nll, correct, weight = self(part, drawn, worth, share)
         return LossSum(nll, correct, weight, tokens, share, spared)
 
     def folded(self, micro: MicroBatch) -> MicroBatch:
@@ -134,7 +136,7 @@ class Student(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, correct targets and supervised weight of this process's part [1, S / U]; `worth` [E] of examples."""
         visual = None if part.vision is None else sight.together(self.model, part.input_ids)
-        part, worth = loader.placed(part, self.device), None if worth is None else crossing.sent(worth, self.device)
+        part = loader.placed(part, self.device)
         head = self.head
         totals = [None, None]
         if torch.is_grad_enabled():

@@ -13,13 +13,14 @@ import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from schoolhouse.model import delta
 from schoolhouse.model.layouts import Layout, from_groups, to_groups
 
 KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
@@ -50,23 +51,22 @@ def _apart(kind: type[nn.Module]) -> type[nn.Module]:
         if layout is None:
             return kind.forward(self, hidden_states, *args, **kwargs)
         states, exchange = hidden_states.squeeze(0), layout.exchange
-        each = functools.partial(_each, self, functools.partial(kind.forward, self))
         if exchange is None:
-            return each(states, layout).unsqueeze(0)
+            return _each(self, kind, states, layout).unsqueeze(0)
         own = len(states)
-        whole = each(exchange.gather(states, [own] * exchange.degree), layout)
+        whole = _each(self, kind, exchange.gather(states, [own] * exchange.degree), layout)
         return whole.narrow(0, own * exchange.peers.rank(), own).unsqueeze(0)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
 
 
-def _each(layer: nn.Module, forward: Callable[[Tensor], Tensor], states: Tensor, layout: Layout) -> Tensor:
-    """[S, D] of all examples, computed in groups [E, T, D]."""
+def _each(layer: nn.Module, kind: type[nn.Module], states: Tensor, layout: Layout) -> Tensor:
+    """[S, D] of all examples, computed in groups [E, T, D] by the forward of a kind of layer."""
     groups = to_groups(states, layout.queries).split([one.examples * len(one.queries) for one in layout.groups])
     found = []
     for group, places in zip(layout.groups, groups, strict=True):
-        with _chunks_of(layer, len(group.queries)):
-            found.append(forward(places.unflatten(0, (group.examples, -1))).flatten(0, 1))
+        with _chunks_of(layer, len(group.queries)), delta.taken(kind):
+            found.append(kind.forward(layer, places.unflatten(0, (group.examples, -1))).flatten(0, 1))
     return from_groups(torch.cat(found), layout.queries)
 
 
@@ -96,7 +96,7 @@ def describe(model: PreTrainedModel, place: torch.device) -> str:
     if not number:
         return ""
     kernels = [name for name in KERNELS if place.type == "cuda" and importlib.util.find_spec(name)]
-    by = f"with what transformers takes of {', '.join(kernels)}" if kernels else "by transformers' plain PyTorch"
+    by = f"with what transformers takes of {', '.join(kernels)}" if kernels else "by plain PyTorch"
     return f"; {number} of its layers carry a state along the sequence, each example its own, {by}"
 
 

@@ -30,7 +30,8 @@ STACKS_SECONDS = 2.0
 def watching(mesh: Mesh, timeout: float, directory: Path) -> Iterator[None]:
     """Inside, `timeout` seconds without a sign of all processes end them, with their stacks in `directory`.
 
-    The signs are the mesh's own collectives, which return only when every process takes part.
+    The signs are the mesh's own collectives: in host memory they return only when every process takes part, and each
+    step has one.
     """
     mesh.pulse.beat()
     with _looking(mesh.world > 1, min(LOOK_SECONDS, timeout / 4), lambda: _find_hang(mesh, timeout, directory)):

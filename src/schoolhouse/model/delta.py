@@ -1,0 +1,134 @@
+"""The gated delta rule (Yang et al., 2024, arXiv:2412.06464) by chunks, in plain PyTorch, in time linear in the length.
+
+    S <- exp(g) S + beta k (v - exp(g) S^T k)^T        out = S^T q / sqrt(K)
+
+transformers' own writes results chunk by chunk into one tensor and reads its operands in the same way, so that its
+backward fills a whole tensor for each chunk. Here chunks are taken apart once, and what does not need the state of the
+one before is one product for all of them. It stands in for transformers' where no kernel does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAME, KERNELS = "torch_chunk_gated_delta_rule", "fla"
+"""transformers' name for it, and the package whose kernels it takes where that is installed."""
+LEAST = 16
+"""The fewest tokens of a chunk."""
+SMALL = 1e-6
+"""What is added to the square of a length by which a vector is divided."""
+MARGIN = 0.02
+"""A decay is nothing below so much of its format's precision: 2e-9 in float32, beside the 1 of a token itself. What
+fades further ends, product by product, below the least number that a processor computes with at its speed, and is then
+many times slower."""
+
+
+@functools.cache
+def takes_its_place(kind: type[nn.Module]) -> bool:
+    """Whether a kind of layer calls the rule by name, and no kernel serves it."""
+    return NAME in vars(sys.modules[kind.__module__]) and importlib.util.find_spec(KERNELS) is None
+
+
+@contextlib.contextmanager
+def taken(kind: type[nn.Module]) -> Iterator[None]:
+    """Inside, a layer of this kind computes the rule as it is here."""
+    if not takes_its_place(kind):
+        yield
+        return
+    names = vars(sys.modules[kind.__module__])
+    own = names[NAME]
+    names[NAME] = gated_delta_rule
+    try:
+        yield
+    finally:
+        names[NAME] = own
+
+
+def gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64,
+    use_qk_l2norm_in_kernel: bool = False, **_: object,
+) -> tuple[Tensor, None]:
+    """Query and key [E, T, H', K], value [E, T, H, V], logarithms of decay `g` and `beta` [E, T, H], to [E, T, H, V],
+    from no state; computed in float32, `chunk_size` tokens at a time or fewer. The second is the last state, which
+    nobody asks for in training."""
+    examples, tokens, heads = value.shape[:3]
+    repeats, chunk_size = heads // key.shape[2], min(chunk_size, max(LEAST, 1 << (tokens - 1).bit_length()))
+    query, key = (one.repeat_interleave(repeats, 2) if repeats > 1 else one for one in (query, key))
+    q, k, v = (_chunks(one, chunk_size) for one in (query, key, value))
+    decay, share = (_chunks(one.unsqueeze(-1), chunk_size) for one in (g, beta))
+    if use_qk_l2norm_in_kernel:
+        q, k = (one * torch.rsqrt((one * one).sum(-1, keepdim=True) + SMALL) for one in (q, k))
+    q, decay = q * q.shape[-1] ** -0.5, decay.cumsum(2)
+    hidden = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).triu(1)
+    between = _left((decay - decay.mT).masked_fill(hidden, -torch.inf))
+    corrections = (k * share) @ k.mT * between
+    within = q @ k.mT * between
+    if len(q) == 1:
+        out = within @ _Solved.apply(corrections, v * share, v.shape[-1])
+    else:
+        before = _left(decay)
+        sides = torch.cat([v * share, k * share * before], -1)
+        new, read = _Solved.apply(corrections, sides, v.shape[-1]).split([v.shape[-1], k.shape[-1]], -1)
+        out = _scanned(within, q * before, k * _left(decay[:, :, -1:] - decay), before[:, :, -1:], new, read)
+    out = out.unflatten(1, (examples, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    return out[:, :tokens].to(query.dtype), None
+
+
+def _chunks(states: Tensor, size: int) -> Tensor:
+    """[E, T, H, K] as chunks [C, E x H, size, K], the last one filled up with zeros."""
+    filled = F.pad(states.to(torch.float32), (0, 0, 0, 0, 0, -states.shape[1] % size))
+    return filled.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+
+def _least(dtype: torch.dtype) -> float:
+    """What is nothing beside 1."""
+    return torch.finfo(dtype).eps * MARGIN
+
+
+def _left(logarithms: Tensor) -> Tensor:
+    """What decay leaves."""
+    return logarithms.masked_fill(logarithms < math.log(_least(logarithms.dtype)), -torch.inf).exp()
+
+
+class _Solved(torch.autograd.Function):
+    """Each token's own change, where what the tokens before it in its chunk changed is taken away: X of
+    (1 + strictly lower triangle of `corrections`) X = sides, of which the columns from `decaying` on decay."""
+
+    @staticmethod
+    def forward(ctx, corrections: Tensor, sides: Tensor, decaying: int) -> Tensor:
+        found = torch.linalg.solve_triangular(corrections, sides, upper=False, unitriangular=True)
+        fading = found[..., decaying:]
+        if fading.numel():
+            fading.copy_(F.hardshrink(fading, _least(found.dtype)))
+        ctx.save_for_backward(corrections, found)
+        return found
+
+    @staticmethod
+    def backward(ctx, above: Tensor) -> tuple[Tensor, Tensor, None]:
+        corrections, found = ctx.saved_tensors
+        sides = torch.linalg.solve_triangular(corrections.mT, above, upper=True, unitriangular=True)
+        return (sides @ found.mT).tril_(-1).neg_(), sides, None
+
+
+def _scanned(within: Tensor, queries: Tensor, keys: Tensor, fades: Tensor, new: Tensor, read: Tensor) -> Tensor:
+    """The results [C, B, size, V] of all chunks, one state [B, K, V] after another."""
+    written, states, state = [], [], None
+    parts = zip(keys.mT.unbind(0), fades.unbind(0), new.unbind(0), read.unbind(0), strict=True)
+    for one, (key, fade, values, reads) in enumerate(parts, 1):
+        if state is not None:
+            states.append(state)
+            values = torch.baddbmm(values, reads, state, alpha=-1)
+        written.append(values)
+        if one < len(new):
+            state = key @ values if state is None else torch.baddbmm(state * fade, key, values)
+    out = within @ torch.stack(written)
+    return torch.cat([out[:1], out[1:] + queries[1:] @ torch.stack(states)])
