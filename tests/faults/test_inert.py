@@ -242,9 +242,13 @@ def test_f22_yaml_makes_no_objects(tmp_path: Path, capsys) -> None:
 
 
 def test_f22_a_long_conversation_is_no_endless_loop(tmp_path: Path) -> None:
-    """A template that Qwen3's makers wrote renders 4,000 turns of text far below the limit."""
+    """A template that Qwen3's makers wrote renders 4,000 turns of text far below the limit: the fastest of three times,
+    for another program, or Python's own collection of garbage, may be in the way of one."""
     made = served.load(served.serving(Model(path="starter/qwen3"), places.model_directory("starter/qwen3")))
     turns = [Message(role, (Part("text", "word " * 50),)) for _ in range(2000) for role in ("user", "assistant")]
-    began = time.process_time()
-    made.template.script(Conversation(tuple(turns), Origin("rows", 1))).full(len(turns))
-    assert time.process_time() - began < bounds.SECONDS / 4
+    took = []
+    for _ in range(3):
+        began = time.process_time()
+        made.template.script(Conversation(tuple(turns), Origin("rows", 1))).full(len(turns))
+        took.append(time.process_time() - began)
+    assert min(took) < bounds.SECONDS / 4, took
