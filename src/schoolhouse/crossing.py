@@ -13,10 +13,20 @@ import torch
 from torch import Tensor
 
 
+QUEUES = ("cuda",)
+"""Kinds of devices that are known to do here what is said of an accelerator; others are waited for, as a processor is.
+"""
+
+
+def is_queue(device: torch.device) -> bool:
+    """Whether a device may be told things that it does later."""
+    return device.type in QUEUES
+
+
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """Values of host memory on a device, which copies them when it comes to it; what is there already stays."""
     leaves = values.device.type == "cpu" and device.type == "cuda"
-    return (values.pin_memory() if leaves else values).to(device, non_blocking=True)
+    return (values.pin_memory() if leaves else values).to(device, non_blocking=is_queue(device))
 
 
 def thread(device: torch.device) -> ThreadPoolExecutor:
@@ -27,11 +37,11 @@ def thread(device: torch.device) -> ThreadPoolExecutor:
 
 
 class Moment:
-    """A place in the order of all that a device was told; of a processor, which does things at once, now."""
+    """A place in the order of all that a device was told; of one that does things at once, now."""
 
     def __init__(self, device: torch.device) -> None:
         self._time = time.perf_counter()
-        self._event = None if device.type == "cpu" else torch.Event(device, enable_timing=True)
+        self._event = torch.Event(device, enable_timing=True) if is_queue(device) else None
         if self._event is not None:
             self._event.record()
 
@@ -49,7 +59,7 @@ class Awaited:
     """Values on their way from a device to host memory."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values.to("cpu", non_blocking=True)
+        self._values = values.to("cpu", non_blocking=is_queue(values.device))
         self._arrived = Moment(values.device)
 
     def read(self) -> list:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from schoolhouse import crossing
 from schoolhouse.config import Optim
 from schoolhouse.errors import ConfigError
 from schoolhouse.model import eightbit, fourbit, lora, sight
@@ -162,8 +163,9 @@ class Optimizer:
             master.grad = None
 
     def _asks(self, finite: Tensor) -> bool:
-        """Whether the update itself looks at the flag."""
-        return self._settings.name == "adamw" and all(one.device == finite.device for one in self.masters.values())
+        """Whether the update itself looks at the flag: torch's kernel does on a processor and where things queue."""
+        looks = self._settings.name == "adamw" and (finite.device.type == "cpu" or crossing.is_queue(finite.device))
+        return looks and all(one.device == finite.device for one in self.masters.values())
 
     def _update(self, learning_rate: float, finite: Tensor | None) -> None:
         for optimizer in self._optimizers:

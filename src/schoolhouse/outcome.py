@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schoolhouse import memory
+from schoolhouse import crossing, memory
 from schoolhouse.crossing import Awaited, Moment
 from schoolhouse.errors import NonFiniteError
 from schoolhouse.model.load import Student
@@ -115,7 +115,7 @@ class Outcomes:
 
 def delay(device: torch.device) -> int:
     """How many steps may be under way when one is read: of an accelerator the next, of a processor none."""
-    return 0 if device.type == "cpu" else 1
+    return int(crossing.is_queue(device))
 
 
 def told(student: Student, step: Step, sums: Sequence[float]) -> tuple[float, int, Spared]:

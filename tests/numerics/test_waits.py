@@ -19,7 +19,7 @@ from test_shared_prefixes import branches, whole
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from schoolhouse import optim, outcome, train
+from schoolhouse import crossing, optim, outcome, train
 from schoolhouse.config import Lora, Optim
 from schoolhouse.model.load import Student
 from schoolhouse.model.teaching import Teaching
@@ -72,6 +72,7 @@ def far(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch asks of an accelerator, of the one that is none."""
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
     monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(crossing, "QUEUES", ("meta",))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     monkeypatch.setattr(torch, "autocast", lambda **_: contextlib.nullcontext())
 
