@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-
 QUEUES = ("cuda",)
 """Kinds of devices that are known to do here what is said of an accelerator; others are waited for, as a processor is.
 """
