@@ -380,6 +380,7 @@ def test_the_rate_at_known_points() -> None:
 @pytest.mark.parametrize(("given", "said"), [
     ({"schedule": "wsd:0.6", "warmup": 0.5}, "more than all steps"),
     ({"schedule": "wsd", "warmup": 0.9}, "more than all steps"), ({"schedule": "wsd:20"}, "match"),
+    ({"schedule": "wsd:0.0"}, "match"),
 ])
 def test_a_fall_that_cannot_be_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):

@@ -6,6 +6,7 @@ Other test files use the helpers of the first part: one run is trained, and look
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -29,7 +30,7 @@ import yaml
 from plain_sft import plain_gradient
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from schoolhouse import checkpoint, cli, evaluate, optim, places, talk, trained
+from schoolhouse import card, checkpoint, cli, evaluate, optim, places, talk, trained
 from schoolhouse import recipe as recipes
 from schoolhouse import run as runs
 from schoolhouse.config import Exam, Recipe
@@ -39,6 +40,7 @@ from schoolhouse.data.plan import Plan
 from schoolhouse.data.store import Store
 from schoolhouse.errors import ConfigError
 from schoolhouse.parallel.mesh import ALONE
+from schoolhouse.report import read
 from schoolhouse.screen import Screen
 from schoolhouse.types import Message, Part
 
@@ -609,6 +611,22 @@ def test_the_export_says_what_it_is(run: Path, exported: Path, recipe: Recipe, t
     assert "200 rows were read and 200 kept: 200 examples" in text
     page = write_recipe(tmp_path, text.split("```yaml\n")[1].split("```")[0])
     assert recipes.read(page).model_copy(update={"directory": recipe.directory}) == recipe
+    compile(text.split("```python\n")[1].split("```")[0], "the card", "exec")
+
+
+def test_a_card_holds_what_is_hard_to_write(run: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """Words that look like numbers, fences inside a message, quotes in a name; damaged counts are left out."""
+    told = read.read(run)
+    hard = recipe.model_copy(update={
+        "model": recipe.model.model_copy(update={"stop_tokens": ("1e-3", "```")}),
+        "optim": recipe.optim.model_copy(update={"rates": {"1e5": 2.0}}),
+    })
+    torn = dataclasses.replace(told, ledgers={"train": {**told.ledgers["train"], "rows": "many"}})
+    card.write(tmp_path, tmp_path / 'a"b', torn, hard, 8, "whole", base="x", public=False, sees=False, proof="")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "rows were read" not in text
+    page = write_recipe(tmp_path, text.split("````yaml\n")[1].split("````\n")[0])
+    assert recipes.read(page).model_copy(update={"directory": hard.directory}) == hard
     compile(text.split("```python\n")[1].split("```")[0], "the card", "exec")
 
 

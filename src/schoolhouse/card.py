@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -30,8 +31,8 @@ CARD = """\
 
 ## The recipe
 
-```yaml
-{recipe}```
+{fence}yaml
+{recipe}{fence}
 
 ## Use
 
@@ -43,13 +44,13 @@ USE = {
     "text": """\
 from transformers import pipeline
 
-student = pipeline("text-generation", model="{here}")
+student = pipeline("text-generation", model={here!r})
 print(student([{{"role": "user", "content": "…"}}], max_new_tokens=512)[0]["generated_text"][-1]["content"])
 """,
     "sight": """\
 from transformers import pipeline
 
-student = pipeline("image-text-to-text", model="{here}")
+student = pipeline("image-text-to-text", model={here!r})
 question = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "…"}}]
 print(student(text=[{{"role": "user", "content": question}}], max_new_tokens=512)[0]["generated_text"][-1]["content"])
 """,
@@ -57,9 +58,9 @@ print(student(text=[{{"role": "user", "content": question}}], max_new_tokens=512
 from peft import PeftModel
 from transformers import {loader}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{here}")
+tokenizer = AutoTokenizer.from_pretrained({here!r})
 base = {loader}.from_pretrained({base!r}{revision})
-student = PeftModel.from_pretrained(base, "{here}")
+student = PeftModel.from_pretrained(base, {here!r})
 """,
 }
 
@@ -81,11 +82,13 @@ def write(
         here=out.name, base=base, loader="AutoModelForImageTextToText" if sees else "AutoModelForCausalLM",
         revision=f", revision={recipe.model.revision!r}" if recipe.model.revision else "",
     )
+    chosen = _short(recipe)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", chosen)), default=0))
     text = CARD.format(
         facts=yaml.safe_dump(facts, sort_keys=False), title=run.directory.resolve().name, base=f"`{recipe.model.path}`",
         version=schoolhouse.__version__, way=recipes.way(recipe), step=f"{step:,}",
-        steps=f"{run.section('derived').get('steps_total', step):,}", scores=_scores(run, step), rows=_rows(run),
-        proof=proof, recipe=_short(recipe), use=use,
+        steps=f"{_count(run.section('derived').get('steps_total')) or step:,}", scores=_scores(run, step),
+        rows=_rows(run), proof=proof, fence=fence, recipe=chosen, use=use,
     )
     (place / NAME).write_text(text, encoding="utf-8")
 
@@ -111,16 +114,20 @@ def _before_and_after(records: Sequence[Measured], step: int) -> tuple[Measured,
 
 def _rows(run: Run) -> str:
     """How many rows were taught, and how many tokens of them."""
-    ledger = run.ledgers.get("train")
-    if not ledger:
+    ledger = run.ledgers.get("train", {})
+    counts = [_count(ledger.get(key)) for key in ("rows", "kept", "examples", "tokens", "supervised_tokens")]
+    if None in counts:
         return ""
-    return (
-        f"{ledger['rows']:,} rows were read and {ledger['kept']:,} kept: {ledger['examples']:,} examples of "
-        f"{ledger['tokens']:,} tokens, of which {ledger['supervised_tokens']:,} are taught.\n\n"
-    )
+    told = "{:,} rows were read and {:,} kept: {:,} examples of {:,} tokens, of which {:,} are taught.\n\n"
+    return told.format(*counts)
+
+
+def _count(value: object) -> int | None:
+    """A number that a record holds; None where it is none."""
+    return value if isinstance(value, int) else None
 
 
 def _short(recipe: Recipe) -> str:
-    """The recipe without what is left at its default."""
-    chosen = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"directory"})
-    return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+    """The recipe without what is left at its default, or says where things are kept and watched."""
+    places = {"directory": True, "track": True, "data": {"cache"}}
+    return recipes.written(recipe.model_dump(mode="json", exclude_defaults=True, exclude=places))

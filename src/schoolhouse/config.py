@@ -274,7 +274,7 @@ class Optim(Section):
     rates: dict[str, PositiveFloat] = {}
     """Factors of the learning rate for some parameters, e.g. `{vision: 0.1, lora_B: 16, "embed|lm_head": 0.5}`. A key
     is a part (`vision`, `projector`, `language`) or a regex found in the name; the first that matches decides."""
-    schedule: Annotated[str, Field(pattern=r"^(cosine|linear|constant|wsd|wsd:(0\.\d+|1))$")] = "cosine"
+    schedule: Annotated[str, Field(pattern=r"^(cosine|linear|constant|wsd|wsd:(0\.\d*[1-9]\d*|1))$")] = "cosine"
     """The way down from the peak to `minimum`: `cosine`, `linear` or `constant`; `wsd` (warm-up, stable, decay; Hägele
     et al., 2024) stays at the peak and falls in a line in the last fifth of all steps, `wsd:0.1` in the last tenth."""
     warmup: Share = 0.05

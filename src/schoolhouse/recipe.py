@@ -55,7 +55,12 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every setting, also those left at their default."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return written(recipe.model_dump(mode="json"))
+
+
+def written(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML that `read` takes for what they are."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,13 +34,14 @@ many times slower."""
 
 @functools.cache
 def takes_its_place(kind: type[nn.Module]) -> bool:
-    """Whether a kind of layer calls the rule by name, and no kernel serves it."""
-    return NAME in vars(sys.modules[kind.__module__]) and importlib.util.find_spec(KERNELS) is None
+    """Whether a kind of layer of transformers calls the rule by name, and no kernel serves it."""
+    known = kind.__module__.startswith("transformers.models.")
+    return known and NAME in vars(sys.modules[kind.__module__]) and importlib.util.find_spec(KERNELS) is None
 
 
 @contextlib.contextmanager
 def taken(kind: type[nn.Module]) -> Iterator[None]:
-    """Inside, a layer of this kind computes the rule as it is here."""
+    """Inside, a layer of this kind computes the rule as it is here; one at a time, as layers are computed."""
     if not takes_its_place(kind):
         yield
         return
@@ -55,11 +56,13 @@ def taken(kind: type[nn.Module]) -> Iterator[None]:
 
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64,
-    use_qk_l2norm_in_kernel: bool = False, **_: object,
+    initial_state: None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: None = None, **_: object,
 ) -> tuple[Tensor, None]:
     """Query and key [E, T, H', K], value [E, T, H, V], logarithms of decay `g` and `beta` [E, T, H], to [E, T, H, V],
     from no state; computed in float32, `chunk_size` tokens at a time or fewer. The second is the last state, which
     nobody asks for in training."""
+    assert initial_state is None and cu_seqlens is None and not output_final_state, "an example begins with nothing"
     examples, tokens, heads = value.shape[:3]
     repeats, chunk_size = heads // key.shape[2], min(chunk_size, max(LEAST, 1 << (tokens - 1).bit_length()))
     query, key = (one.repeat_interleave(repeats, 2) if repeats > 1 else one for one in (query, key))

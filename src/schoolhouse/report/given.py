@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
+from schoolhouse import recipe as recipes
 from schoolhouse.config import Recipe
 from schoolhouse.data import show
 from schoolhouse.data.show import Child, Html, join, tag
@@ -163,8 +163,8 @@ def settings(run: Run) -> Html | None:
         for key, value, default, documentation in changed(run.recipe)
     ]
     table = _table(["setting", "value", "default", "meaning"], rows)
-    whole = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, default_flow_style=False)
-    fold = tag("details", tag("summary", "The whole resolved recipe"), tag("pre", whole, class_="yaml"), class_="fold")
+    whole = tag("pre", recipes.written(run.recipe), class_="yaml")
+    fold = tag("details", tag("summary", "The whole resolved recipe"), whole, class_="fold")
     return tag("div", table, fold, class_="settings")
 
 
