@@ -22,10 +22,14 @@ def is_queue(device: torch.device) -> bool:
     return device.type in QUEUES
 
 
+def pinned(values: Tensor, device: torch.device) -> Tensor:
+    """Values of host memory where a device can fetch them by itself; what is there already stays."""
+    return values.pin_memory() if device.type == "cuda" and values.device.type == "cpu" else values
+
+
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """Values of host memory on a device, which copies them when it comes to it; what is there already stays."""
-    leaves = values.device.type == "cpu" and device.type == "cuda"
-    return (values.pin_memory() if leaves else values).to(device, non_blocking=is_queue(device))
+    return pinned(values, device).to(device, non_blocking=is_queue(device))
 
 
 def thread(device: torch.device) -> ThreadPoolExecutor:

@@ -90,7 +90,7 @@ def _by_a_thread(
     """Pillow and torch let other threads go on while they compute."""
     def make(pack: Pack) -> torch.Tensor | None:
         found = of_pack(store, pack, sight, share)
-        return found.pin_memory() if device.type == "cuda" and found is not None else found
+        return None if found is None else crossing.pinned(found, device)
 
     with crossing.thread(device) as thread:
         made: deque[Future] = deque()

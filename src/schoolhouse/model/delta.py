@@ -23,13 +23,19 @@ from torch import Tensor, nn
 NAME, KERNELS = "torch_chunk_gated_delta_rule", "fla"
 """transformers' name for it, and the package whose kernels it takes where that is installed."""
 LEAST = 16
-"""The fewest tokens of a chunk."""
+"""The fewest tokens of a chunk: Mamba's kernels take powers of two from here."""
 SMALL = 1e-6
 """What is added to the square of a length by which a vector is divided."""
 MARGIN = 0.02
 """A decay is nothing below so much of its format's precision: 2e-9 in float32, beside the 1 of a token itself. What
 fades further ends, product by product, below the least number that a processor computes with at its speed, and is then
 many times slower."""
+
+
+def chunk_of(tokens: int, most: int) -> int:
+    """How many tokens to compute at once, of so many and no more than `most`: a power of two where that is less, since
+    many short examples would be filled up to `most` each."""
+    return min(most, max(LEAST, 1 << (tokens - 1).bit_length()))
 
 
 @functools.cache
@@ -64,7 +70,7 @@ def gated_delta_rule(
     nobody asks for in training."""
     assert initial_state is None and cu_seqlens is None and not output_final_state, "an example begins with nothing"
     examples, tokens, heads = value.shape[:3]
-    repeats, chunk_size = heads // key.shape[2], min(chunk_size, max(LEAST, 1 << (tokens - 1).bit_length()))
+    repeats, chunk_size = heads // key.shape[2], chunk_of(tokens, chunk_size)
     query, key = (one.repeat_interleave(repeats, 2) if repeats > 1 else one for one in (query, key))
     q, k, v = (_chunks(one, chunk_size) for one in (query, key, value))
     decay, share = (_chunks(one.unsqueeze(-1), chunk_size) for one in (g, beta))

@@ -27,8 +27,6 @@ KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
 """Packages whose kernels transformers takes on CUDA where they are installed."""
 CHUNK = "chunk_size"
 """Mamba's name for the tokens that it computes at once, to a multiple of which it fills up a sequence."""
-LEAST = 16
-"""The fewest tokens of a chunk: its kernels take powers of two from here."""
 
 
 def keep_apart(model: PreTrainedModel) -> None:
@@ -72,11 +70,10 @@ def _each(layer: nn.Module, kind: type[nn.Module], states: Tensor, layout: Layou
 
 @contextlib.contextmanager
 def _chunks_of(layer: nn.Module, tokens: int) -> Iterator[None]:
-    """Inside, a layer of Mamba's kind takes no larger chunks than its sequences are long: many short examples would be
-    filled up to 256 tokens each."""
+    """Inside, a layer of Mamba's kind takes no larger chunks than its sequences are long."""
     own = vars(layer).get(CHUNK)
     if own is not None:
-        layer.chunk_size = min(own, max(LEAST, 1 << (tokens - 1).bit_length()))
+        layer.chunk_size = delta.chunk_of(tokens, own)
     try:
         yield
     finally:
