@@ -62,7 +62,7 @@ SETTINGS = {
 }
 
 
-def student(family: str = "qwen3_vl", tied: bool = True, seed: int = 1) -> Student:
+def student(family: str = "qwen3_vl", tied: bool = True, seed: int = 1, lighter: bool = True) -> Student:
     """A miniature of a family in float64 with weights large enough that every term of the gradient counts."""
     attention.register()
     torch.manual_seed(seed)
@@ -72,7 +72,8 @@ def student(family: str = "qwen3_vl", tied: bool = True, seed: int = 1) -> Stude
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    elementwise.lighten(model)
+    if lighter:
+        elementwise.lighten(model)
     return Student(model)
 
 

@@ -159,7 +159,7 @@ class Vision:
     pixels: torch.Tensor
     """f32[P, …] patches of images end to end, as the model's own processor gives: of all, or of this process's."""
     grid: torch.Tensor
-    """i64[I, 3]: patches of each image in time, height and width."""
+    """i64[I, 3]: patches of each image in time, height and width; in host memory."""
     real: bool = True
     """Whether the text has places for them. A micro-batch without images carries one blank patch that is given the
     weight 0, so that every process runs its vision tower in every micro-batch."""

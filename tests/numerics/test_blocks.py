@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import seeing
 import torch
 from test_families import MIXTURES, adapters, student
 from test_invariance import PACKS, a_step, examples
@@ -18,10 +19,12 @@ from torch._dynamo.utils import counters
 
 from schoolhouse import train
 from schoolhouse.config import Lora
+from schoolhouse.data import vision
 from schoolhouse.errors import ConfigError
 from schoolhouse.model import blocks, isolation
 from schoolhouse.model.load import Student
 from schoolhouse.starter import miniatures
+from schoolhouse.types import Step
 
 CPU = torch.device("cpu")
 TRACED = "aot_eager"
@@ -37,7 +40,11 @@ def afresh() -> None:
 
 def gradient(one: Student, rows: list, seed: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of a step of several micro-batches, each of other lengths."""
-    found, *_ = train.compute_gradient(one, a_step(rows, PACKS["planned"](rows)), seed)
+    return of_step(one, a_step(rows, PACKS["planned"](rows)), seed)
+
+
+def of_step(one: Student, step: Step, seed: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
+    found, *_ = train.compute_gradient(one, step, seed)
     return found, {name: each.grad for name, each in one.model.named_parameters() if each.grad is not None}
 
 
@@ -55,7 +62,11 @@ def check(family: str, way: str, backend: str, again: bool = False, **changes: o
     assert blocks.compile_blocks(fast.model, CPU, backend) == fast.model.config.num_hidden_layers
     if again:
         blocks.compute_again(fast.model, keep_attention=True)
-    (loss, wanted), (found, gradients) = gradient(plain, rows), gradient(fast, rows)
+    check_same(gradient(plain, rows), gradient(fast, rows))
+
+
+def check_same(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, dict[str, torch.Tensor]]) -> None:
+    (loss, wanted), (found, gradients) = one, other
     longest = max(float(one.norm()) for one in wanted.values())
     assert counters["stats"]["unique_graphs"] > 1, "nothing of a block was compiled"
     assert found == pytest.approx(loss, rel=1e-6) and gradients.keys() == wanted.keys()
@@ -79,6 +90,19 @@ def test_with_what_else_there_is(family: str, way: str, again: bool) -> None:
 @pytest.mark.parametrize("family", miniatures.ARCHITECTURES)
 def test_every_architecture(family: str, way: str, again: bool) -> None:
     check(family, way, TRACED, again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", vision.FAMILIES)
+def test_every_sight(family: str, tmp_path: Path) -> None:
+    """Blocks of vision towers too, for images of whatever sizes and none."""
+    plain, fast = (seeing.student(family, lighter=lighter) for lighter in (True, False))
+    plain.model.float(), fast.model.float()
+    blocks.compile_blocks(fast.model, CPU, TRACED)
+    eyes = seeing.eyes(family)
+    kept = seeing.stored(seeing.examples(eyes, [0, 1, 3, 2, 0, 4, 1], seed=3), tmp_path)
+    step = seeing.step(kept, [[0, 1], [2], [3], [4], [5, 6]], eyes)
+    check_same(of_step(plain, step), of_step(fast, step))
 
 
 def test_neither_layers_nor_lengths_are_compiled_again() -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
+import seeing
 import test_families as families
 import torch
 from test_invariance import PACKS, a_step, examples
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from schoolhouse import crossing, optim, outcome, train
 from schoolhouse.config import Lora, Optim
+from schoolhouse.data import vision
 from schoolhouse.model.load import Student
 from schoolhouse.model.teaching import Teaching
 from schoolhouse.model.varlen import Kernels
@@ -32,6 +35,8 @@ FAR = torch.device("meta")
 READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
          aten.repeat_interleave.Tensor, aten._unique2.default, aten.unique_consecutive.default)
 """Operations whose result, or its shape, a program cannot have before the device has the values."""
+BY_PLACES = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+"""Operations that look for the places of a mask, unless one number is put there."""
 GROUPS_OF_QUERIES = ("deepseek_v2", "deepseek_v3", "gemma2", "gpt_oss")
 """Families that FlashAttention does not serve."""
 
@@ -51,6 +56,9 @@ class Device(TorchDispatchMode):
         self.calls[call.name()] += "meta" in places
         if "meta" in places and call in READS:  # which meta refuses, or knows no shape for
             self.waits.append(call.name())
+        if call in BY_PLACES and (call is aten.index.Tensor or args[2].numel() > 1):
+            masks = [one for one in args[1] if one is not None and one.dtype == torch.bool]
+            self.waits += [call.name() for one in masks if one.is_meta]
         if call is aten._to_copy.default:
             source, target = args[0].device.type, torch.device(kwargs.get("device") or args[0].device).type
             self._note_copy(source, target, not kwargs.get("non_blocking"))
@@ -89,6 +97,10 @@ def away(family: str, settings: Lora | None = None, trusted: tuple[str, ...] = (
     one = families.student(family, settings, **changes)
     if family in families.MIXTURES:
         one.model.set_experts_implementation("grouped_mm")
+    return sent(one, trusted)
+
+
+def sent(one: Student, trusted: tuple[str, ...] = ()) -> Student:
     one.model.float().to(FAR)
     one.model.tie_weights()
     one.kernels = Kernels(frozenset(trusted))
@@ -139,6 +151,16 @@ def test_nor_what_a_step_adds(teaching: Teaching, monkeypatch: pytest.MonkeyPatc
     check(computed(one, a_step(rows, PACKS["planned"](rows))))
 
 
+@pytest.mark.parametrize("images", [[0, 1, 3, 2], [0, 0, 0, 0]], ids=["images", "text"])
+@pytest.mark.parametrize("family", vision.FAMILIES)
+def test_no_sight_makes_the_program_wait(family: str, images: list[int], tmp_path: Path) -> None:
+    one, eyes = seeing.student(family), seeing.eyes(family)
+    if "moe" in family:
+        one.model.set_experts_implementation("grouped_mm")
+    kept = seeing.stored(seeing.examples(eyes, images, seed=3), tmp_path)
+    check(computed(sent(one, ("varlen",)), seeing.step(kept, [[0, 1], [2], [3]], eyes)))
+
+
 def test_what_waits_is_seen() -> None:
     """Each way to wait that there is, and a tensor in the wrong place."""
     far, near = torch.empty(3, device=FAR), torch.ones(3)
@@ -150,7 +172,11 @@ def test_what_waits_is_seen() -> None:
             far.repeat_interleave(torch.empty(3, dtype=torch.int64, device=FAR))
         with pytest.raises(RuntimeError, match="item"):
             float(far[0])
-        assert len(seen.waits) == 4 and seen.mixed == []
+        far[far > 0] = torch.empty(2, device=FAR)
+        with pytest.raises(NotImplementedError):
+            far[far > 0]
+        assert len(seen.waits) == 6 and seen.mixed == []
         near.to(FAR, non_blocking=True)
+        far[far > 0] = 1.0
         far.index_select(0, torch.tensor([0]))
-    assert len(seen.waits) == 4 and seen.mixed == ["aten::index_select"]
+    assert len(seen.waits) == 6 and seen.mixed == ["aten::index_select"]

@@ -51,7 +51,7 @@ def vision(sight: Sight, shown: Sequence[Picture], device: torch.device, where: 
     seen = pixels(sight, [(picture, where) for picture in shown])
     if seen is None:
         return None
-    return Vision(seen.to(device), torch.tensor([picture.grid for picture in shown], device=device))
+    return Vision(seen.to(device), torch.tensor([picture.grid for picture in shown]))
 
 
 def of_pack(store: Store, pack: Pack, sight: Sight, share: Share = WHOLE) -> torch.Tensor | None:

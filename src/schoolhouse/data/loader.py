@@ -7,7 +7,6 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +20,6 @@ from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.shares import share_out
 from schoolhouse.types import MicroBatch, Shared, Step, Vision
-
-Held = TypeVar("Held", MicroBatch, Vision)
 
 
 def steps(
@@ -131,18 +128,16 @@ def _shared(found: shared_prefixes.Found, weights: Sequence[np.ndarray]) -> Shar
 
 
 def placed(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """A micro-batch in host memory as a model on a device takes it: what is `shared` stays, for it tells how to attend.
-    """
+    """A micro-batch in host memory as a model on a device takes it: what is `shared` and the sizes of images stay, for
+    they tell how to compute."""
     if device.type == "cpu":
         return micro
-    return replace(_moved(micro, device), vision=None if micro.vision is None else _moved(micro.vision, device))
-
-
-def _moved(one: Held, device: torch.device) -> Held:
-    """The record with its own tensors on a device."""
-    values = {each.name: getattr(one, each.name) for each in fields(one)}
+    values = {each.name: getattr(micro, each.name) for each in fields(micro)}
     tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-    return replace(one, **{name: crossing.sent(value, device) for name, value in tensors.items()})
+    vision = micro.vision
+    if vision is not None:
+        vision = replace(vision, pixels=crossing.sent(vision.pixels, device))
+    return replace(micro, vision=vision, **{name: crossing.sent(value, device) for name, value in tensors.items()})
 
 
 def _positions(store: Store, pack: Sequence[int], lengths: Sequence[int], sight: Sight | None) -> torch.Tensor:

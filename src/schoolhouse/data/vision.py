@@ -67,6 +67,8 @@ FAMILIES = {
                      before="\n\n<start_of_image>", after="<end_of_image>\n\n"),
 }
 """By the `model_type` of a model's configuration."""
+PLACED_BY_GRID = tuple(name for name, family in FAMILIES.items() if family.placed_by_grid)
+"""Model types whose vision tower takes the grid of patches beside the pixels."""
 
 
 @dataclass(frozen=True, slots=True)

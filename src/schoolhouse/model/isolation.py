@@ -174,7 +174,7 @@ def _with_image(
     second = torch.cat([plain[1][:2], places, plain[1][2:]])
     shares = None if mesh.ulysses == 1 else share_out([1], mesh.ulysses)
     seen = torch.from_numpy(pixels if mesh.ulysses_rank == 0 else pixels[:0]).to(place)
-    return [plain[0], second], Vision(seen, torch.tensor([grid], device=place), shares=shares)
+    return [plain[0], second], Vision(seen, torch.tensor([grid]), shares=shares)
 
 
 def _pack(sequences: list[torch.Tensor], seeing: Sight | None, vision: Vision | None) -> MicroBatch:

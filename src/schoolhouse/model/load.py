@@ -135,8 +135,8 @@ class Student(nn.Module):
         self, part: MicroBatch, drawn: Drawn | None = None, worth: torch.Tensor | None = None, share: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, correct targets and supervised weight of this process's part [1, S / U]; `worth` [E] of examples."""
-        visual = None if part.vision is None else sight.together(self.model, part.input_ids)
-        part = loader.placed(part, self.device)
+        ids, part = part.input_ids, loader.placed(part, self.device)
+        visual = None if part.vision is None else sight.together(self.model, ids)
         head = self.head
         totals = [None, None]
         if torch.is_grad_enabled():
@@ -160,7 +160,7 @@ class Student(nn.Module):
                     part.boundaries, self.device, self.exchange, visual, kernels=self.kernels, shared=part.shared,
                 ),
                 **({"output_router_logits": True} if added.balance else {}),
-                **sight.inputs(self.model, part.vision, part.input_ids, self.exchange),
+                **sight.inputs(self.model, part.vision, ids, self.exchange),
             )
         found = loss.linear_cross_entropy(
             out.last_hidden_state, head, part.labels, part.weights, part.targets, added.smoothing, totals[0], share,

@@ -1,25 +1,13 @@
-"""Models that see: how they are loaded and called, and the vision tower that runs in every micro-batch.
-
-transformers' own forward encodes the images, puts their features into the places of their tokens (Qwen3-VL also adds
-DeepStack features in its first layers), and runs the language model with our packed attention; a family needs nothing
-here as long as its forward takes `pixel_values`. A micro-batch without images shows the tower one blank patch and adds
-its features with weight 0: so every process runs the same modules in the same order (sharded parameters are gathered
-by all or none), and each parameter has a gradient, of zeros, whichever process computes it.
-
-With Ulysses each process of a group encodes its share of the images, balanced by their patches; features are exchanged,
-all of them are put into the embeddings of the whole sequence here (as the model's own forward does it, without pixels),
-and the language model goes on with a part of these. Backward brings the gradients of all parts back to whoever encoded.
+"""Models that see: how they are loaded and called, and which of their parts learn. What they make of images is in
+`features`; a family needs nothing here as long as its model has `get_image_features`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -27,13 +15,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from schoolhouse.data import vision as sights
+from schoolhouse.data.vision import PLACED_BY_GRID
 from schoolhouse.errors import ConfigError
-from schoolhouse.model import attention
+from schoolhouse.model import attention, features
 from schoolhouse.parallel.ulysses import Exchange
 from schoolhouse.types import Vision
 
-PLACED_BY_GRID = tuple(name for name, family in sights.FAMILIES.items() if family.placed_by_grid)
-"""Model types whose vision tower takes the grid of patches beside the pixels."""
 TOGETHER = ("gemma3",)
 """Model types whose visual tokens of one image see one another in both directions."""
 PARTS = {
@@ -47,12 +34,6 @@ PARTS = {
     "language": ("model.language_model.", "model.text_model.", "lm_head."),
 }
 """The parameters of each part, by how their names begin; a projector inside the vision tower is no part of it."""
-BLANK = "blank"
-"""The argument that carries the blank image through the model's forward to its language model."""
-SHARED = "shared"
-"""The argument that carries the images of a Ulysses group through the model's forward to its language model."""
-PART = "part"
-"""The argument that carries the start and the length of this process's part of the sequence."""
 
 
 def sees(model: PreTrainedModel) -> bool:
@@ -92,103 +73,21 @@ def attend(model: PreTrainedModel, name: str) -> None:
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Let the language model of a model that sees take the blank image and a part of the embeddings, and both parts
-    have our attention."""
+    """Let the language model of a model that sees take images, and both its parts have our attention."""
     attend(model, attention.NAME)
     if model.config.model_type in sights.FAMILIES:
-        model.model.language_model.register_forward_pre_hook(_Before(model.model), with_kwargs=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """The images of a micro-batch whose encoding is divided among the processes of a Ulysses group."""
-
-    vision: Vision
-    places: torch.Tensor
-    """bool[1, S]: the tokens of the whole sequence that are visual."""
-    exchange: Exchange
-
-
-class _Before:
-    """Before the language model: a blank image's features are added with weight 0, shared images' features are put
-    into their places, and a part of all is taken."""
-
-    def __init__(self, owner: nn.Module) -> None:
-        self._owner = owner
-
-    def __call__(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        blank, shared = kwargs.pop(BLANK, None), kwargs.pop(SHARED, None)
-        if blank is not None:
-            seen = self._owner.get_image_features(**blank, return_dict=True)
-            kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * sum(one.sum() for one in _features(seen))
-        if shared is not None:
-            kwargs |= _placed(kwargs["inputs_embeds"], shared, _gathered(self._owner, shared))
-        part = kwargs.pop(PART, None)
-        return args, kwargs if part is None else {**kwargs, **_taken(kwargs, *part)}
-
-
-def _features(seen: Any) -> list[torch.Tensor]:
-    """[tokens, D] of a vision tower's output, and as much for each layer that DeepStack features are added in."""
-    every = [seen.pooler_output, *seen.get("deepstack_features", ())]
-    return [torch.cat(one) if isinstance(one, tuple | list) else one for one in every]
-
-
-def _gathered(owner: nn.Module, shared: Shared) -> list[torch.Tensor]:
-    """The features of all images in the order of their tokens; this process encodes its share."""
-    vision, exchange = shared.vision, shared.exchange
-    own = vision.shares[exchange.peers.rank()]
-    seen = [one.flatten(0, -2) for one in _features(owner.get_image_features(**_own(owner, vision, own)))]
-    patches = vision.grid.prod(1)
-    tokens = (patches * shared.places.sum() // patches.sum()).tolist()
-    sizes = [sum(tokens[image] for image in images) for images in vision.shares]
-    came = [image for images in vision.shares for image in images]
-    rows = exchange.gather(torch.cat(seen, 1)[: sizes[exchange.peers.rank()]], sizes)
-    pieces = dict(zip(came, rows.split([tokens[image] for image in came]), strict=True))
-    return list(torch.cat([pieces[image] for image in range(len(came))]).chunk(len(seen), 1))
-
-
-def _own(owner: nn.Module, vision: Vision, own: Sequence[int]) -> dict[str, Any]:
-    """The images that this process encodes. With none it runs its tower too: on a blank, whose features go nowhere."""
-    pixels, grid = vision.pixels, vision.grid[list(own)]
-    by_grid = owner.config.model_type in PLACED_BY_GRID
-    if not own:
-        merged = owner.visual.spatial_merge_size if by_grid else 1
-        pixels, grid = pixels.new_zeros(merged**2, *pixels.shape[1:]), grid.new_tensor([[1, merged, merged]])
-    return {"pixel_values": pixels, "return_dict": True, **({"image_grid_thw": grid} if by_grid else {})}
-
-
-def _placed(embeddings: torch.Tensor, shared: Shared, features: list[torch.Tensor]) -> dict[str, Any]:
-    """What the language model is given with features in their places."""
-    first, *deep = (one.to(embeddings.dtype) for one in features)
-    found: dict[str, Any] = {"inputs_embeds": embeddings.masked_scatter(shared.places.unsqueeze(-1), first)}
-    return {**found, "visual_pos_masks": shared.places, "deepstack_visual_embeds": deep} if deep else found
-
-
-def _taken(kwargs: dict[str, Any], start: int, length: int) -> dict[str, Any]:
-    """The part of what the language model is given; DeepStack features are those of the part's visual places."""
-    end, visual, deep = start + length, kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
-    found = {"inputs_embeds": kwargs["inputs_embeds"][:, start:end],
-             "position_ids": kwargs["position_ids"][..., start:end]}
-    if visual is not None:
-        first, last = (int(visual[:, :place].sum()) for place in (start, end))
-        found["visual_pos_masks"] = visual[:, start:end]
-        found["deepstack_visual_embeds"] = [features[first:last] for features in deep]
-    return found
+        features.prepare(model)
 
 
 def inputs(
-    model: PreTrainedModel, vision: Vision | None, ids: torch.Tensor | None = None, exchange: Exchange | None = None
+    model: PreTrainedModel, vision: Vision | None, ids: torch.Tensor, exchange: Exchange | None
 ) -> dict[str, Any]:
-    """The images of a micro-batch as arguments of the model's forward; shared ones with the tokens and the exchange."""
+    """The images of a micro-batch as an argument of the model's forward; `ids` [1, S] of the whole sequence are in host
+    memory."""
     if vision is None:
         return {}
-    if vision.shares is not None:
-        return {SHARED: Shared(vision, ids == model.config.image_token_id, exchange), PART: vision.part}
-    given: dict[str, Any] = {"pixel_values": vision.pixels}
-    if model.config.model_type in PLACED_BY_GRID:
-        given["image_grid_thw"] = vision.grid
-    given = given if vision.real else {BLANK: given}
-    return given if vision.part is None else {**given, PART: vision.part}
+    places = (ids[0] == model.config.image_token_id).nonzero().flatten()
+    return {features.SHOWN: features.Shown(vision, places, exchange)}
 
 
 def together(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor | None:
@@ -198,8 +97,11 @@ def together(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor | None:
 
 def own_inputs(model: PreTrainedModel, vision: Vision, visual: torch.Tensor) -> dict[str, torch.Tensor]:
     """The images as plain transformers is given them, with the visual places bool[1, S] that its processor marks."""
-    mark = "mm_token_type_ids" if model.config.model_type in PLACED_BY_GRID else "token_type_ids"
-    return {**inputs(model, vision), mark: visual.int()}
+    pixels = {"pixel_values": vision.pixels}
+    if model.config.model_type not in PLACED_BY_GRID:
+        return {**pixels, "token_type_ids": visual.int()}
+    grid = vision.grid.to(vision.pixels.device)
+    return {**pixels, "image_grid_thw": grid, "mm_token_type_ids": visual.int()}
 
 
 def freeze(model: PreTrainedModel, parts: tuple[str, ...]) -> None:
