@@ -9,55 +9,14 @@ one before is one product for all of them. It stands in for transformers' where 
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.util
-import math
-import sys
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-NAME, KERNELS = "torch_chunk_gated_delta_rule", "fla"
-"""transformers' name for it, and the package whose kernels it takes where that is installed."""
-LEAST = 16
-"""The fewest tokens of a chunk: Mamba's kernels take powers of two from here."""
+from schoolhouse.model.chunks import chunk_of, least, left
+
 SMALL = 1e-6
 """What is added to the square of a length by which a vector is divided."""
-MARGIN = 0.02
-"""A decay is nothing below so much of its format's precision: 2e-9 in float32, beside the 1 of a token itself. What
-fades further ends, product by product, below the least number that a processor computes with at its speed, and is then
-many times slower."""
-
-
-def chunk_of(tokens: int, most: int) -> int:
-    """How many tokens to compute at once, of so many and no more than `most`: a power of two where that is less, since
-    many short examples would be filled up to `most` each."""
-    return min(most, max(LEAST, 1 << (tokens - 1).bit_length()))
-
-
-@functools.cache
-def takes_its_place(kind: type[nn.Module]) -> bool:
-    """Whether a kind of layer of transformers calls the rule by name, and no kernel serves it."""
-    known = kind.__module__.startswith("transformers.models.")
-    return known and NAME in vars(sys.modules[kind.__module__]) and importlib.util.find_spec(KERNELS) is None
-
-
-@contextlib.contextmanager
-def taken(kind: type[nn.Module]) -> Iterator[None]:
-    """Inside, a layer of this kind computes the rule as it is here; one at a time, as layers are computed."""
-    if not takes_its_place(kind):
-        yield
-        return
-    names = vars(sys.modules[kind.__module__])
-    own = names[NAME]
-    names[NAME] = gated_delta_rule
-    try:
-        yield
-    finally:
-        names[NAME] = own
 
 
 def gated_delta_rule(
@@ -78,16 +37,16 @@ def gated_delta_rule(
         q, k = (one * torch.rsqrt((one * one).sum(-1, keepdim=True) + SMALL) for one in (q, k))
     q, decay = q * q.shape[-1] ** -0.5, decay.cumsum(2)
     hidden = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).triu(1)
-    between = _left((decay - decay.mT).masked_fill(hidden, -torch.inf))
+    between = left((decay - decay.mT).masked_fill(hidden, -torch.inf))
     corrections = (k * share) @ k.mT * between
     within = q @ k.mT * between
     if len(q) == 1:
         out = within @ _Solved.apply(corrections, v * share, v.shape[-1])
     else:
-        before = _left(decay)
+        before = left(decay)
         sides = torch.cat([v * share, k * share * before], -1)
         new, read = _Solved.apply(corrections, sides, v.shape[-1]).split([v.shape[-1], k.shape[-1]], -1)
-        out = _scanned(within, q * before, k * _left(decay[:, :, -1:] - decay), before[:, :, -1:], new, read)
+        out = _scanned(within, q * before, k * left(decay[:, :, -1:] - decay), before[:, :, -1:], new, read)
     out = out.unflatten(1, (examples, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
     return out[:, :tokens].to(query.dtype), None
 
@@ -96,16 +55,6 @@ def _chunks(states: Tensor, size: int) -> Tensor:
     """[E, T, H, K] as chunks [C, E x H, size, K], the last one filled up with zeros."""
     filled = F.pad(states.to(torch.float32), (0, 0, 0, 0, 0, -states.shape[1] % size))
     return filled.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-
-
-def _least(dtype: torch.dtype) -> float:
-    """What is nothing beside 1."""
-    return torch.finfo(dtype).eps * MARGIN
-
-
-def _left(logarithms: Tensor) -> Tensor:
-    """What decay leaves."""
-    return logarithms.masked_fill(logarithms < math.log(_least(logarithms.dtype)), -torch.inf).exp()
 
 
 class _Solved(torch.autograd.Function):
@@ -117,7 +66,7 @@ class _Solved(torch.autograd.Function):
         found = torch.linalg.solve_triangular(corrections, sides, upper=False, unitriangular=True)
         fading = found[..., decaying:]
         if fading.numel():
-            fading.copy_(F.hardshrink(fading, _least(found.dtype)))
+            fading.copy_(F.hardshrink(fading, least(found.dtype)))
         ctx.save_for_backward(corrections, found)
         return found
 

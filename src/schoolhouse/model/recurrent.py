@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from schoolhouse.model import delta
+from schoolhouse.model import chunks, stand_ins
 from schoolhouse.model.layouts import Layout, from_groups, to_groups
 
-KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
+KERNELS = ("causal_conv1d", *(package for package, _ in stand_ins.RULES.values()))
 """Packages whose kernels transformers takes on CUDA where they are installed."""
 CHUNK = "chunk_size"
 """Mamba's name for the tokens that it computes at once, to a multiple of which it fills up a sequence."""
@@ -63,7 +63,7 @@ def _each(layer: nn.Module, kind: type[nn.Module], states: Tensor, layout: Layou
     groups = to_groups(states, layout.queries).split([one.examples * len(one.queries) for one in layout.groups])
     found = []
     for group, places in zip(layout.groups, groups, strict=True):
-        with _chunks_of(layer, len(group.queries)), delta.taken(kind):
+        with _chunks_of(layer, len(group.queries)), stand_ins.taken(kind):
             found.append(kind.forward(layer, places.unflatten(0, (group.examples, -1))).flatten(0, 1))
     return from_groups(torch.cat(found), layout.queries)
 
@@ -73,7 +73,7 @@ def _chunks_of(layer: nn.Module, tokens: int) -> Iterator[None]:
     """Inside, a layer of Mamba's kind takes no larger chunks than its sequences are long."""
     own = vars(layer).get(CHUNK)
     if own is not None:
-        layer.chunk_size = delta.chunk_of(tokens, own)
+        layer.chunk_size = chunks.chunk_of(tokens, own)
     try:
         yield
     finally:
