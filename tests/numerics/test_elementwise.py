@@ -1,4 +1,4 @@
-"""Norms, rotations and gates in fewer passes: transformers' own bits in forward, its gradient to rounding, less kept.
+"""Norms, rotations, gates and patches in fewer passes: transformers' results and gradients, with less kept.
 
 That the gradient of whole steps is a plain loop's, to 1e-9 in float64, is shown for every architecture elsewhere
 (`test_families`, `test_vision_invariance`), since those miniatures are lighter, too.
@@ -12,6 +12,7 @@ import types
 import weakref
 
 import pytest
+import seeing
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,6 +21,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from schoolhouse.config import Lora
+from schoolhouse.data import vision
 from schoolhouse.model import blocks, elementwise, lora
 from schoolhouse.starter import miniatures
 
@@ -33,6 +35,9 @@ OTHERS = {
     **{family: ["norms", "rotations"] for family in ("lfm2", "falcon_h1", "granitemoehybrid")},
     "nemotron_h": [],
 }
+
+
+TOWERS = {"qwen2_5_vl": ["norms", "rotations"]}
 
 
 def model(family: str, number: torch.dtype = torch.float32, settings: Lora | None = None) -> PreTrainedModel:
@@ -103,6 +108,57 @@ def test_bfloat16_is_no_farther_from_the_truth(family: str) -> None:
     errors = [sum(float((each[name].double() - true).norm() / true.norm()) for name, true in truth.items())
               for each in (own, ours)]
     assert errors[1] <= 1.02 * errors[0]
+
+
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", [name for name, one in vision.FAMILIES.items() if one.placed_by_grid])
+def test_every_tower(family: str, number: torch.dtype) -> None:
+    """What a vision tower makes of two images is the same bit by bit but for its patches, which are left alone here."""
+    tower = seeing.student(family, lighter=False).model.model.visual.to(number)
+    tower.config._attn_implementation = "sdpa"
+    grid = torch.tensor([[1, 4, 6], [1, 2, 4]])
+    pixels = torch.randn(32, tower.patch_embed.proj.weight[0].numel(), dtype=number)
+    found = []
+    for lighter in (False, True):
+        if lighter:
+            for one in tower.blocks:
+                elementwise.lighten(one)
+            assert elementwise.lighter(tower) == TOWERS.get(family, ["rotations"])
+        tower.zero_grad()
+        features = tower(pixels, grid_thw=grid).pooler_output
+        features.backward(torch.linspace(-1, 1, features.numel(), dtype=number).view_as(features))
+        found.append((features, {name: one.grad for name, one in tower.named_parameters() if one.grad is not None}))
+    (wanted, gradients), (features, ours) = found
+    assert torch.equal(features, wanted)
+    assert distance(ours, gradients) < (2e-6 if number == torch.float32 else 4e-2)
+
+
+@pytest.mark.parametrize(("conv", "shape"), [
+    (nn.Conv3d(3, 8, (2, 4, 4), (2, 4, 4)), (5, 3, 2, 4, 4)),  # a row for each patch, as Qwen's towers are given them
+    (nn.Conv3d(3, 8, (2, 4, 4), (2, 4, 4), bias=False), (2, 3, 5, 9, 11)),
+    (nn.Conv2d(3, 8, 4, 4, padding="valid"), (2, 3, 16, 12)),  # whole images, as SigLIP is given them
+    (nn.Conv2d(3, 8, (2, 5), (2, 5)), (1, 3, 7, 14)),
+])
+def test_patches_are_multiplied(conv: nn.Module, shape: tuple[int, ...]) -> None:
+    """The convolution's results, shape and gradients, to 1e-12 in float64; what is left over beside patches, too."""
+    conv, images, own = conv.double(), torch.randn(shape, dtype=torch.float64, requires_grad=True), {}
+    for lighter in (False, True):
+        assert elementwise.lighten(conv) == lighter if lighter else not elementwise.lighter(conv)
+        found = conv(images)
+        above = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view_as(found)
+        own[lighter] = [found, *torch.autograd.grad(found, [images, *conv.parameters()], above)]
+    assert elementwise.lighter(conv) == ["patches"]
+    for one, other in zip(*own.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(conv(images[0]), own[True][0][0])
+
+
+@pytest.mark.parametrize("conv", [
+    nn.Conv2d(3, 8, 4, 2), nn.Conv2d(3, 8, 4, 4, padding=1), nn.Conv2d(4, 8, 2, 2, groups=2),
+    nn.Conv2d(3, 8, 2, 2, dilation=2), nn.Conv2d(3, 8, 1, padding="same"), nn.Conv1d(3, 8, 4, 4),
+], ids=["overlapping", "padded", "grouped", "dilated", "same", "along a sequence"])
+def test_other_convolutions_stay(conv: nn.Module) -> None:
+    assert not elementwise.lighten(conv)
 
 
 @pytest.mark.parametrize("kind", [llama.LlamaRMSNorm, qwen3.Qwen3RMSNorm])

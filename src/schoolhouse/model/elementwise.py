@@ -1,10 +1,12 @@
-"""What stands between matrix products, in fewer passes and with less kept: norms, rotary positions, gates, adapters.
+"""What stands between matrix products, in fewer passes and with less kept: norms, rotary positions, gates, adapters;
+and patches of images, which are such a product themselves.
 
-Forward gives transformers' own results, bit by bit, but for adapters (`adapters`). Backward of a norm is one formula
-instead of the chain of its operations (as in Liger; Hsu et al., 2024, arXiv:2410.10989), summed in float32; a
-rotation's turns back. A gated layer keeps what its gate and its other half were, and computes their activation and
+Forward gives transformers' own results, bit by bit, but for adapters (`adapters`) and patches. Backward of a norm is
+one formula instead of the chain of its operations (as in Liger; Hsu et al., 2024, arXiv:2410.10989), summed in float32;
+a rotation's turns back. A gated layer keeps what its gate and its other half were, and computes their activation and
 product again when backward asks: of the four matrices that transformers keeps there, as wide as anything in a model,
-two remain.
+two remain. A convolution that steps by its own size meets each value once: libraries for convolutions are several times
+slower at that than those for products.
 
 A module is known by its code, not by its name: that of Llama's or Gemma's, instruction for instruction. Any other stays
 as it is.
@@ -30,7 +32,8 @@ from transformers.models.llama import modeling_llama as llama
 from schoolhouse.model import adapters
 
 ROTATION = "apply_rotary_pos_emb"
-"""What transformers calls the function that turns queries and keys."""
+"""What transformers calls the function that turns queries and keys; in vision towers with an end."""
+OF_IMAGES = f"{ROTATION}_vision"
 ACTIVATIONS = frozenset(one[0] if isinstance(one, tuple) else one for one in ACT2CLS.values())
 """Classes of activations that give the same whenever they are asked."""
 
@@ -39,14 +42,19 @@ _whole: ContextVar[bool] = ContextVar("whole", default=False)
 
 
 def lighten(model: nn.Module, *, blocks: bool = True, adapted: bool = True) -> int:
-    """Exchange the forward of every part of `model` that is known, of its `blocks` and of `adapted` layers; how many
-    there are.
+    """Exchange the forward of every part of `model` that is known, of its `blocks` and of `adapted` layers, and of
+    patches; how many there are.
 
     A part's class becomes one made of it, so that nothing refers to the part that it would not outlive.
     """
     found = 0
     for module in model.modules():
-        forward = adapters.forward if adapted and adapters.suits(module) else _forward(module) if blocks else None
+        if _takes_patches(module):
+            forward = _patches
+        elif adapted and adapters.suits(module):
+            forward = adapters.forward
+        else:
+            forward = _forward(module) if blocks else None
         if forward is not None:
             module.__class__ = _made(type(module), forward)
             found += 1
@@ -69,7 +77,9 @@ def as_written(model: nn.Module) -> Iterator[None]:
 
 def lighter(model: nn.Module) -> list[str]:
     """Which kinds of parts of `model` have another forward than transformers'."""
-    kinds = {_norm: "norms", _norm_of_gemma: "norms", _gated: "gates", adapters.forward: "adapters"}
+    kinds = {
+        _norm: "norms", _norm_of_gemma: "norms", _gated: "gates", _patches: "patches", adapters.forward: "adapters",
+    }
     found = (type(module).forward for module in model.modules() if _is_lighter(module))
     return sorted({kinds.get(forward, "rotations") for forward in found})
 
@@ -173,8 +183,9 @@ def _over_rows(products: Tensor, scale: Tensor, *, quick: bool) -> Tensor:
 
 @functools.cache
 def _turning(forward: Callable) -> Callable | None:
-    """An attention's forward that turns queries and keys by `_turned`; None where it does so by another function than
-    Llama's, or by none. What stands around it, as what renames arguments of former versions, stays."""
+    """An attention's forward that turns queries and keys by `_turned`, or `_turned_in_images`; None where it does so by
+    another function than Llama's or Qwen2-VL's, or by none. What stands around it, as what renames arguments of former
+    versions, stays."""
     inner = vars(forward).get("__wrapped__")
     if inner is not None:
         made = _turning(inner)
@@ -184,12 +195,24 @@ def _turning(forward: Callable) -> Callable | None:
         cells = zip(held, forward.__closure__, strict=True)
         closure = tuple(types.CellType(made) if own else cell for own, cell in cells)
         return functools.update_wrapper(_copied(forward, forward.__globals__, closure), made)
-    names = forward.__globals__
-    own = names.get(ROTATION) if ROTATION in forward.__code__.co_names else None
-    if not isinstance(own, types.FunctionType) or not _same(own, llama.apply_rotary_pos_emb) \
+    names, called = forward.__globals__, {ROTATION, OF_IMAGES} & {*forward.__code__.co_names}
+    if len(called) != 1:
+        return None
+    (name,) = called
+    own, (known, ours) = names.get(name), _known_turn(name)
+    if not isinstance(own, types.FunctionType) or not _same(own, known) \
             or not _same(own.__globals__["rotate_half"], llama.rotate_half):
         return None
-    return _copied(forward, {**names, ROTATION: _turned}, forward.__closure__)
+    return _copied(forward, {**names, name: ours}, forward.__closure__)
+
+
+def _known_turn(name: str) -> tuple[Callable, Callable]:
+    """transformers' function of this name that is known here, and ours."""
+    if name == ROTATION:
+        return llama.apply_rotary_pos_emb, _turned
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen  # where a model sees
+
+    return qwen.apply_rotary_pos_emb_vision, _turned_in_images
 
 
 def _copied(forward: Callable, names: dict[str, Any], closure: tuple | None) -> Callable:
@@ -210,8 +233,15 @@ def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
     return _Turn.apply(q, *angles), _Turn.apply(k, *angles)
 
 
+def _turned_in_images(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys [P, H, K], turned in float32 by the angles [P, K] of their patches, which have no gradient."""
+    angles = cos.unsqueeze(-2).float(), sin.unsqueeze(-2).float()
+    turned = (_Turn.apply(one.float(), *angles).to(one.dtype) for one in (q, k))
+    return next(turned), next(turned)
+
+
 class _Turn(torch.autograd.Function):
-    """Rotary positions (Su et al., 2021, arXiv:2104.09864) of states [B, H, S, K], whose halves are turned against each
+    """Rotary positions (Su et al., 2021, arXiv:2104.09864) of states [..., K], whose halves are turned against each
     other. Angles have no gradient."""
 
     @staticmethod
@@ -232,6 +262,26 @@ class _Turn(torch.autograd.Function):
         torch.mul(first, cos, out=halves[0]).add_(last * other_sin)
         torch.mul(last, other_cos, out=halves[1]).sub_(first * sin)
         return turned, None, None
+
+
+def _takes_patches(module: nn.Module) -> bool:
+    """Whether a module is a convolution that steps by its own size."""
+    return type(module) in (nn.Conv2d, nn.Conv3d) and module.stride == module.kernel_size and module.groups == 1 \
+        and {*module.dilation} == {1} and (module.padding == "valid" or {*module.padding} == {0})
+
+
+def _patches(self: nn.Conv2d | nn.Conv3d, input: Tensor) -> Tensor:  # by the name that transformers calls it with
+    """Images [B, C, …] to the features [B, D, …] of their patches; what is left over beside them is not looked at."""
+    size, dims = self.kernel_size, len(self.kernel_size)
+    if input.ndim != dims + 2:
+        return type(self).__base__.forward(self, input)
+    for dim, side in enumerate(size, 2):
+        input = input.narrow(dim, 0, input.shape[dim] // side * side)
+    cut = input
+    for dim, side in zip(range(2, 2 * dims + 2, 2), size, strict=True):
+        cut = cut.unflatten(dim, (-1, side))
+    cut = cut.permute(0, *range(2, 2 * dims + 2, 2), 1, *range(3, 2 * dims + 3, 2)).flatten(dims + 1)
+    return nn.functional.linear(cut, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 def _gated(self: nn.Module, x: Tensor) -> Tensor:

@@ -239,9 +239,10 @@ def load(
         lora.refuse_frozen_words(model)
     if settings.liger:
         kernels.fuse(model, computes_on or place)
-    if lighter and not settings.compile:
+    if lighter:
         widened = products.widened(computes_on or place, settings.precision)  # then PEFT multiplies, by way of float32
-        elementwise.lighten(model, blocks=not settings.liger, adapted=not widened)
+        elementwise.lighten(
+            model, blocks=not settings.liger and not settings.compile, adapted=not widened and not settings.compile)
     if settings.float8:
         float8.narrow(model, computes_on or place)
     (model if place.type == "cpu" else model.to(place)).train()  # it was read on the CPU
