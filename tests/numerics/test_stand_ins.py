@@ -91,6 +91,19 @@ def test_it_is_as_near_to_float64_as_transformers(rule: str, fades: float) -> No
         assert errors[0] < max(1.5 * errors[1], 1e-6)
 
 
+def test_what_is_far_larger_is_still_seen_where_it_faded() -> None:
+    """One token a million times as large as others, in heads that forget within a chunk: each token's result."""
+    given = states(SCAN, 300)
+    with torch.no_grad():
+        given[0][:, 5] *= 1e6
+        given[3].fill_(-1.0)
+        with TrueFloat64():
+            wanted = called(SCAN, THEIRS[SCAN], given)
+        found = called(SCAN, chunk_scan, [one.float() for one in given]).double()
+    errors = (found - wanted).flatten(2).norm(dim=-1) / wanted.flatten(2).norm(dim=-1)
+    assert float(errors.max()) < 2e-6
+
+
 class Made(TorchDispatchMode):
     """Counts the values that operations make, and finds those that are smaller than a processor likes."""
 

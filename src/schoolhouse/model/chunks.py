@@ -9,10 +9,6 @@ from torch import Tensor
 
 LEAST = 16
 """The fewest tokens of a chunk: Mamba's kernels take powers of two from here."""
-MARGIN = 0.02
-"""A decay is nothing below so much of its format's precision: 2e-9 in float32, beside the 1 of a token itself. What
-fades further ends, product by product, below the least number that a processor computes with at its speed, and is then
-many times slower."""
 
 
 def chunk_of(tokens: int, most: int) -> int:
@@ -21,11 +17,7 @@ def chunk_of(tokens: int, most: int) -> int:
     return min(most, max(LEAST, 1 << (tokens - 1).bit_length()))
 
 
-def least(dtype: torch.dtype) -> float:
-    """What is nothing beside 1."""
-    return torch.finfo(dtype).eps * MARGIN
-
-
-def left(logarithms: Tensor) -> Tensor:
-    """What decay leaves."""
-    return logarithms.masked_fill(logarithms < math.log(least(logarithms.dtype)), -torch.inf).exp()
+def left(logarithms: Tensor, least: float) -> Tensor:
+    """What decay leaves; nothing below the least, since what fades further and further ends in numbers with which a
+    processor computes many times slower."""
+    return logarithms.masked_fill(logarithms < math.log(least), -torch.inf).exp()

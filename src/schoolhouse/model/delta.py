@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from schoolhouse.model.chunks import chunk_of, least, left
+from schoolhouse.model.chunks import chunk_of, left
 
 SMALL = 1e-6
 """What is added to the square of a length by which a vector is divided."""
+MARGIN = 0.02
+"""A decay is nothing below so much of its format's precision: 2e-9 in float32, beside the 1 of a token itself. What
+fades further ends, product by product, below the least number that a processor computes with at its speed."""
 
 
 def gated_delta_rule(
@@ -37,16 +40,17 @@ def gated_delta_rule(
         q, k = (one * torch.rsqrt((one * one).sum(-1, keepdim=True) + SMALL) for one in (q, k))
     q, decay = q * q.shape[-1] ** -0.5, decay.cumsum(2)
     hidden = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).triu(1)
-    between = left((decay - decay.mT).masked_fill(hidden, -torch.inf))
+    nothing = _least(decay.dtype)
+    between = left((decay - decay.mT).masked_fill(hidden, -torch.inf), nothing)
     corrections = (k * share) @ k.mT * between
     within = q @ k.mT * between
     if len(q) == 1:
         out = within @ _Solved.apply(corrections, v * share, v.shape[-1])
     else:
-        before = left(decay)
+        before = left(decay, nothing)
         sides = torch.cat([v * share, k * share * before], -1)
         new, read = _Solved.apply(corrections, sides, v.shape[-1]).split([v.shape[-1], k.shape[-1]], -1)
-        out = _scanned(within, q * before, k * left(decay[:, :, -1:] - decay), before[:, :, -1:], new, read)
+        out = _scanned(within, q * before, k * left(decay[:, :, -1:] - decay, nothing), before[:, :, -1:], new, read)
     out = out.unflatten(1, (examples, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
     return out[:, :tokens].to(query.dtype), None
 
@@ -55,6 +59,11 @@ def _chunks(states: Tensor, size: int) -> Tensor:
     """[E, T, H, K] as chunks [C, E x H, size, K], the last one filled up with zeros."""
     filled = F.pad(states.to(torch.float32), (0, 0, 0, 0, 0, -states.shape[1] % size))
     return filled.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+
+def _least(dtype: torch.dtype) -> float:
+    """What is nothing beside 1."""
+    return torch.finfo(dtype).eps * MARGIN
 
 
 class _Solved(torch.autograd.Function):
@@ -66,7 +75,7 @@ class _Solved(torch.autograd.Function):
         found = torch.linalg.solve_triangular(corrections, sides, upper=False, unitriangular=True)
         fading = found[..., decaying:]
         if fading.numel():
-            fading.copy_(F.hardshrink(fading, least(found.dtype)))
+            fading.copy_(F.hardshrink(fading, _least(found.dtype)))
         ctx.save_for_backward(corrections, found)
         return found
 

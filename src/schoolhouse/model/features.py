@@ -67,23 +67,23 @@ class _Before:
         shown: Shown | None = kwargs.pop(SHOWN, None)
         if shown is None:
             return args, kwargs
-        embeddings, places = kwargs["inputs_embeds"], shown.places
+        embeddings = kwargs["inputs_embeds"]
+        places = crossing.sent(shown.places, embeddings.device)
         if shown.vision.real:
             first, *deep = (one.to(embeddings.dtype) for one in _features(self._owner, shown))
-            there = crossing.sent(places, embeddings.device)
-            embeddings = embeddings.index_copy(1, there, first.unsqueeze(0))
+            embeddings = embeddings.index_copy(1, places, first.unsqueeze(0))
         else:
             blank = _encoded(self._owner, shown.vision.pixels, shown.vision.grid)
             embeddings, deep = embeddings + 0 * sum(one.sum() for one in blank), []
         if shown.vision.part is not None:
             start, length = shown.vision.part
-            first, last = torch.searchsorted(places, torch.tensor([start, start + length])).tolist()
+            first, last = torch.searchsorted(shown.places, torch.tensor([start, start + length])).tolist()
             embeddings, deep = embeddings[:, start : start + length], [features[first:last] for features in deep]
             kwargs["position_ids"] = kwargs["position_ids"][..., start : start + length]
             places = places[first:last] - start
         kwargs["inputs_embeds"] = embeddings
         if deep:
-            kwargs |= {"visual_pos_masks": crossing.sent(places, embeddings.device), "deepstack_visual_embeds": deep}
+            kwargs |= {"visual_pos_masks": places, "deepstack_visual_embeds": deep}
         return args, kwargs
 
 

@@ -17,20 +17,23 @@ from torch import Tensor
 
 from schoolhouse.model.chunks import chunk_of, left
 
-MOST = 64
-"""The most tokens of a chunk: with more, pairs of them cost more than the states of fewer chunks save."""
+MOST = {"cpu": 64}
+MOST_ELSEWHERE = 128
+"""The most tokens of a chunk: with more, pairs of them cost more than the states of fewer chunks save. One state
+follows another, so that an accelerator, which begins each operation anew, is given fewer (not measured)."""
 
 
 def chunk_scan(
     hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None,
     dt_bias: Tensor | None = None, initial_states: None = None, dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf), return_final_states: bool = False, z: None = None, **_: object,
+    dt_limit: tuple[float, float] = (0.0, math.inf), return_final_states: bool = False, z: None = None,
+    seq_idx: None = None, cu_seqlens: None = None, **_: object,
 ) -> Tensor:
     """States [E, T, H, P], their steps `dt` [E, T, H], decays `A` [H], what is written, `B`, and read, `C`, by groups
     of heads [E, T, G, N], and what passes by, `D` [H], to f32[E, T, H, P], from no state."""
-    assert initial_states is None and z is None and not return_final_states, "an example begins with nothing"
+    assert initial_states is z is seq_idx is cu_seqlens is None and not return_final_states, "examples are apart"
     tokens, heads, width = hidden_states.shape[1:]
-    groups, size = B.shape[2], chunk_of(tokens, min(MOST, chunk_size))
+    groups, size = B.shape[2], chunk_of(tokens, min(MOST.get(dt.device.type, MOST_ELSEWHERE), chunk_size))
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -41,14 +44,14 @@ def chunk_scan(
     # sums of logarithms over a chunk are long, and what matters is how little two of them differ
     decay = _chunks((dt * A.float()).double().unsqueeze(-1), size).squeeze(-1).unflatten(2, (groups, -1)).cumsum(-1)
     hidden = torch.ones(size, size, dtype=torch.bool, device=dt.device).triu(1)
-    between = left((decay.unsqueeze(-1) - decay.unsqueeze(-2)).float().masked_fill(hidden, -torch.inf))
+    between = _left((decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(hidden, -torch.inf))
     out = ((queries @ keys.mT).unsqueeze(3) * between) @ values
     if len(values) > 1:
-        over = left((decay[:-1, ..., -1:] - decay[:-1]).float()).unsqueeze(-1)
+        over = _left(decay[:-1, ..., -1:] - decay[:-1]).unsqueeze(-1)
         added = keys[:-1].mT @ (values[:-1] * over).transpose(3, 4).flatten(4)
-        fades = left(decay[:-1, ..., -1].float()).repeat_interleave(width, -1).unsqueeze(-2)
+        fades = _left(decay[:-1, ..., -1]).repeat_interleave(width, -1).unsqueeze(-2)
         read = (queries[1:] @ _carried(added, fades)).unflatten(-1, (-1, width)).transpose(3, 4)
-        out = torch.cat([out[:1], torch.addcmul(out[1:], read, left(decay[1:].float()).unsqueeze(-1))])
+        out = torch.cat([out[:1], torch.addcmul(out[1:], read, _left(decay[1:]).unsqueeze(-1))])
     out = out.permute(1, 0, 4, 2, 3, 5).reshape(len(states), -1, heads, width)[:, :tokens].contiguous()
     return out if D is None else torch.addcmul(out, states, D.unsqueeze(-1).float())
 
@@ -57,6 +60,12 @@ def _chunks(states: Tensor, size: int) -> Tensor:
     """[E, T, H, K] as chunks [C, E, H, size, K], the last one filled up with zeros."""
     filled = F.pad(states, (0, 0, 0, 0, 0, -states.shape[1] % size))
     return filled.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)
+
+
+def _left(sums: Tensor) -> Tensor:
+    """What decay leaves, by sums of its logarithms; some of what is written is far larger than what is beside it."""
+    logarithms = sums.float()
+    return left(logarithms, torch.finfo(logarithms.dtype).eps ** 2)
 
 
 def _carried(added: Tensor, fades: Tensor) -> Tensor:
