@@ -77,7 +77,7 @@ def linear_cross_entropy(
     A place of weight 0 adds nothing, whatever its label. With M = 0 the sum is 0 and still hangs on the graph, so that
     every rank runs its backward.
     """
-    rows = hidden.flatten(0, 1).index_select(0, targets)
+    rows = hidden.flatten(0, 1).index_select(0, targets).to(head.weight.dtype)  # Mamba 2's are in float32
     chosen, weight = labels.flatten()[targets].clamp(min=0), weights.flatten()[targets]
     nll, correct = _LinearCrossEntropy.apply(
         rows, head.weight, head.bias, chosen, weight, head.scale, head.softcap, smoothing, into, share,

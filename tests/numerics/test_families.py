@@ -6,9 +6,10 @@ attention, experts, scaled embeddings) is either honoured or shows here.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from test_invariance import PACKS, check_equal, examples
+from test_invariance import PACKS, a_step, check_equal, examples
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schoolhouse.config import Lora
@@ -74,3 +75,35 @@ def test_every_architecture_is_proved(family: str) -> None:
     one = student(family, adapters(family))
     one.model.float()
     assert isolation.prove(one).difference < 2e-5
+
+
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+OF_MAMBA = {
+    "mamba2": {  # which does not attend, and whose configuration knows no heads that do
+        "num_attention_heads": None, "num_key_value_heads": None, "num_heads": 8, "head_dim": 16, "state_size": 8,
+        "n_groups": 2, "chunk_size": 8, "expand": 2,
+    },
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "zamba2": {
+        "n_mamba_heads": 8, "mamba_headdim": 16, "mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 8,
+        "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "num_key_value_heads": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("family", OF_MAMBA)
+def test_other_models_with_mamba_2(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one gradient equation with the rest, proved, their work counted; in bfloat16, where states stay float32."""
+    monkeypatch.setitem(miniatures.ARCHITECTURES, family, OF_MAMBA[family])
+    rows = examples("fractional", number=8, seed=3)
+    check_equal(student(family), rows, PACKS["planned"](rows))
+    one = student(family, adapters(family))
+    one.model.float()
+    assert isolation.prove(one).difference < 2e-5
+    assert one.work.of_step(np.array([9, 5]), 3) > 0 and bool(one.work.windows) == (family != "mamba2")
+    micro = a_step(rows, PACKS["planned"](rows)).micro_batches[0]
+    wide = one.loss(micro).nll
+    one.model.bfloat16()
+    narrow = one.loss(micro).nll
+    narrow.backward()
+    assert float(narrow.detach()) == pytest.approx(float(wide.detach()), rel=2e-2)

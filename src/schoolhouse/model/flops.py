@@ -67,12 +67,13 @@ def work(model: PreTrainedModel) -> Work:
         parts["target" if module in only_targets else "patch" if sees else "token"].append((name, module))
     tower = [one for _, module in parts["patch"] for one in module.parameters(recurse=False)]
     heads = varlen.heads_of(settings)
+    kinds = [] if heads is None else _windows(settings, model.config.get_text_config())
     return Work(
         token=_passes(parts["token"], settings, reached=True),
         target=_passes(parts["target"], settings, reached=True),
         patch=_passes(parts["patch"], settings, reached=any(one.requires_grad for one in tower)),
-        pair=3 * 2 * heads.queries * (heads.size + heads.values),
-        windows=tuple(_windows(settings, model.config.get_text_config())),
+        pair=0.0 if heads is None else 3 * 2 * heads.queries * (heads.size + heads.values),
+        windows=tuple(kinds),
     )
 
 

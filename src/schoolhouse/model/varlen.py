@@ -150,6 +150,8 @@ def kernels(model: PreTrainedModel, place: torch.device, precision: str, mesh: M
         return Kernels()
     settings = families.settings_of(model.config)
     heads, softcap = heads_of(settings, mesh.ulysses), settings.get(families.ATTENTION_SOFTCAP)
+    if heads is None:
+        return Kernels()
     unfit = _unfit(heads, settings)
     if unfit:
         return Kernels(said=f"{GROUPS} ({unfit})")
@@ -169,9 +171,12 @@ def kernels(model: PreTrainedModel, place: torch.device, precision: str, mesh: M
     return Kernels(frozenset(found), ", ".join(said), whole if found else "")
 
 
-def heads_of(settings: Mapping[str, Any], ulysses: int = 1) -> Heads:
-    """The heads by a model's configuration, of which Ulysses gives each of so many processes a part."""
-    queries = settings["num_attention_heads"]
+def heads_of(settings: Mapping[str, Any], ulysses: int = 1) -> Heads | None:
+    """The heads by a model's configuration, of which Ulysses gives each of so many processes a part; None of one that
+    does not attend (Mamba 2)."""
+    queries = settings.get("num_attention_heads")
+    if not queries:
+        return None
     size = settings.get("head_dim") or settings["hidden_size"] // queries
     if "qk_nope_head_dim" in settings:
         size = settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"]
