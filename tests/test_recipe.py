@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from schoolhouse import peers
 from schoolhouse import recipe as recipes
-from schoolhouse.config import Recipe
+from schoolhouse.config import Lora, Recipe
 from schoolhouse.errors import ConfigError
 
 SHORT = "model: starter/qwen3\ndata: starter/arithmetic\n"
@@ -204,6 +204,17 @@ def test_one_mistake_has_four_parts(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice(tmp_path: Path, text: str, places: str) -> None:
     found = mistake(tmp_path, text)
     assert "stands twice" in found and places in found
+
+
+def test_a_section_that_nothing_stands_in(tmp_path: Path) -> None:
+    """As where all of it was commented out: one that always is there says nothing, one that may be there is asked for.
+    """
+    plain = read(tmp_path, SHORT)
+    assert plain == read(tmp_path, f"{SHORT}exam:\n  # data: some\noptim:\n") == read(tmp_path, SHORT, "exam=null")
+    assert "nothing stands in lora" in (found := mistake(tmp_path, f"{SHORT}lora:\n  # rank: 8\n")) and "F:3" in found
+    assert plain == read(tmp_path, f"{SHORT}lora: null") == read(tmp_path, SHORT, "lora=null")
+    assert read(tmp_path, f"{SHORT}lora: {{}}").lora == Lora()
+    assert "data is missing" in mistake(tmp_path, "model: a\ndata:\n")
 
 
 @pytest.mark.parametrize("text", [

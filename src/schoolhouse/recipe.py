@@ -47,6 +47,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values, places = _parse(path)
     for override in overrides:
         _override(values, places, override)
+    for name in [name for name, value in values.items() if value is None and _may_be_empty(name)]:
+        del values[name]
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -102,6 +104,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         _refuse_aliases(text, path)
         node = yaml.compose(text, Loader=_Loader)
         _note_places(node, (), path, places)
+        _refuse_doubtful(node, path)
         values = yaml.load(text, Loader=_Loader)
     except BROKEN as error:
         marked = isinstance(error, yaml.MarkedYAMLError) and error.problem_mark
@@ -121,6 +124,26 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
             where=str(path), remedy="start from a recipe in examples/sft",
         )
     return values, places
+
+
+def _may_be_empty(name: str) -> bool:
+    """Whether a setting is a section that always is there, so that it says nothing where nothing stands in it."""
+    field = Recipe.model_fields.get(name)
+    return field is not None and field.default is not None and section_in(field.annotation) is not None
+
+
+def _refuse_doubtful(node: yaml.Node | None, path: Path) -> None:
+    """Raise ConfigError for a section that may be there or not and has nothing in it, as where all was commented out:
+    to YAML it is not there, to who wrote it perhaps it is."""
+    for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        field = Recipe.model_fields.get(str(name.value))
+        nothing = isinstance(value, yaml.ScalarNode) and not value.value and not value.style
+        if nothing and field is not None and field.default is None and section_in(field.annotation):
+            raise ConfigError(
+                f"nothing stands in {name.value}", required=f"settings, or `{name.value}: {{}}` for their defaults, or "
+                f"`{name.value}: null` to go without it", where=f"{path}:{name.start_mark.line + 1}",
+                remedy="write one of them",
+            )
 
 
 def _note_places(node: yaml.Node | None, key: Key, path: Path, places: dict[Key, str]) -> None:
