@@ -212,9 +212,13 @@ def test_a_section_that_nothing_stands_in(tmp_path: Path) -> None:
     plain = read(tmp_path, SHORT)
     assert plain == read(tmp_path, f"{SHORT}exam:\n  # data: some\noptim:\n") == read(tmp_path, SHORT, "exam=null")
     assert "nothing stands in lora" in (found := mistake(tmp_path, f"{SHORT}lora:\n  # rank: 8\n")) and "F:3" in found
-    assert plain == read(tmp_path, f"{SHORT}lora: null") == read(tmp_path, SHORT, "lora=null")
-    assert read(tmp_path, f"{SHORT}lora: {{}}").lora == Lora()
+    assert plain == read(tmp_path, f"{SHORT}lora: null") == read(tmp_path, f"{SHORT}lora:", "lora=null")
+    assert read(tmp_path, f"{SHORT}lora: {{}}").lora == Lora() == read(tmp_path, f"{SHORT}lora:", "lora.rank=16").lora
     assert "data is missing" in mistake(tmp_path, "model: a\ndata:\n")
+    assert plain == read(tmp_path, f"{SHORT}optim:\n  rates:\n    # vision: 0.1\n")
+    deeper = mistake(tmp_path, f"{SHORT}exam:\n  data:\n    # path: a\n  grader: exact\n")
+    assert "nothing stands in exam.data" in deeper and "F:4" in deeper and "{}" not in deeper
+    assert "data.validation" in mistake(tmp_path, "model: a\ndata:\n  train: b\n  validation:\n    # - path: c\n")
 
 
 @pytest.mark.parametrize("text", [

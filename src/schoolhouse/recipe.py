@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,11 +44,14 @@ BROKEN = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError)
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with `key=value` overrides put over it; raises ConfigError naming every mistake."""
     path = Path(path)
-    values, places = _parse(path)
+    values, places, doubtful = _parse(path)
     for override in overrides:
         _override(values, places, override)
-    for name in [name for name, value in values.items() if value is None and _may_be_empty(name)]:
-        del values[name]
+    said = [tuple(one.partition("=")[0].strip().split(".")) for one in overrides]
+    for key, place in doubtful.items():
+        if not any(one[: len(key)] == key or key[: len(one)] == one for one in said):
+            _refuse_empty(key, place)
+    _leave_out(values)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -87,7 +90,8 @@ def directory(recipe: Recipe, path: str | Path) -> Path:
     return Path(recipe.directory or f"runs/{Path(path).stem}")
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
+def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str], dict[Key, str]]:
+    """The settings of a file, the place of each, and the places of those of which nobody knows what they mean."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -104,7 +108,6 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         _refuse_aliases(text, path)
         node = yaml.compose(text, Loader=_Loader)
         _note_places(node, (), path, places)
-        _refuse_doubtful(node, path)
         values = yaml.load(text, Loader=_Loader)
     except BROKEN as error:
         marked = isinstance(error, yaml.MarkedYAMLError) and error.problem_mark
@@ -123,27 +126,41 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
             "the recipe holds no settings", required="`key: value` lines, at least `model` and `data`",
             where=str(path), remedy="start from a recipe in examples/sft",
         )
-    return values, places
+    return values, places, {key: places[key] for key in _doubtful(node)}
 
 
-def _may_be_empty(name: str) -> bool:
-    """Whether a setting is a section that always is there, so that it says nothing where nothing stands in it."""
-    field = Recipe.model_fields.get(name)
-    return field is not None and field.default is not None and section_in(field.annotation) is not None
+def _leave_out(values: dict[str, Any], section: type[BaseModel] = Recipe) -> None:
+    """Leave out sections that are always there and in which nothing stands: they say nothing."""
+    for name, value in [*values.items()]:
+        field = section.model_fields.get(name)
+        inner = section_in(field.annotation) if field else None
+        if field and value is None and field.default is not None and (inner or isinstance(field.default, dict)):
+            del values[name]
+        elif inner and isinstance(value, dict):
+            _leave_out(value, inner)
 
 
-def _refuse_doubtful(node: yaml.Node | None, path: Path) -> None:
-    """Raise ConfigError for a section that may be there or not and has nothing in it, as where all was commented out:
-    to YAML it is not there, to who wrote it perhaps it is."""
+def _doubtful(node: yaml.Node | None, section: type[BaseModel] = Recipe, above: Key = ()) -> Iterator[Key]:
+    """Sections that may be there or not and in which nothing stands, as where all was commented out: to YAML they are
+    not there, to who wrote them perhaps they are."""
     for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        field = Recipe.model_fields.get(str(name.value))
-        nothing = isinstance(value, yaml.ScalarNode) and not value.value and not value.style
-        if nothing and field is not None and field.default is None and section_in(field.annotation):
-            raise ConfigError(
-                f"nothing stands in {name.value}", required=f"settings, or `{name.value}: {{}}` for their defaults, or "
-                f"`{name.value}: null` to go without it", where=f"{path}:{name.start_mark.line + 1}",
-                remedy="write one of them",
-            )
+        field = section.model_fields.get(str(name.value))
+        inner = section_in(field.annotation) if field else None
+        if inner is not None:
+            key = (*above, str(name.value))
+            if isinstance(value, yaml.ScalarNode) and not value.value and not value.style and field.default is None:
+                yield key
+            yield from _doubtful(value, inner, key)
+
+
+def _refuse_empty(key: Key, place: str) -> None:
+    name, section = _dotted(key), _section(key)
+    needs = any(field.is_required() for field in section.model_fields.values())
+    defaults = "" if needs else f", or `{key[-1]}: {{}}` for their defaults"
+    raise ConfigError(
+        f"nothing stands in {name}", required=f"settings{defaults}, or `{key[-1]}: null` to go without it", where=place,
+        remedy=f"write one of them, or indent the lines that belong to {name}",
+    )
 
 
 def _note_places(node: yaml.Node | None, key: Key, path: Path, places: dict[Key, str]) -> None:

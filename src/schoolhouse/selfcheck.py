@@ -39,7 +39,7 @@ from schoolhouse.data.served import Serving
 from schoolhouse.data.store import Store
 from schoolhouse.data.vision import Sight
 from schoolhouse.errors import ModelError
-from schoolhouse.model import fourbit, load, sight, spread
+from schoolhouse.model import elementwise, fourbit, load, sight, spread
 from schoolhouse.model.teaching import Teaching
 from schoolhouse.optim import Optimizer
 from schoolhouse.parallel import fsdp
@@ -210,10 +210,11 @@ def plainly(
             torch.from_numpy(part.astype("int64")).to(model.device) for part in (example.input_ids, example.labels)
         )
         seen = {} if vision is None or not vision.real else sight.own_inputs(model, vision, ids[None] == seeing.token)
-        logits = model(input_ids=ids.unsqueeze(0), use_cache=False, **seen).logits[0]
-        nll = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
-        loss = (nll * torch.tensor(example.weights, device=nll.device)).sum() / supervised
-        loss.backward()
+        with elementwise.whole_convolutions():
+            logits = model(input_ids=ids.unsqueeze(0), use_cache=False, **seen).logits[0]
+            nll = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
+            loss = (nll * torch.tensor(example.weights, device=nll.device)).sum() / supervised
+            loss.backward()
         total += loss.item()
     return total, {name: one.grad.float().cpu() for name, one in model.named_parameters() if one.grad is not None}
 

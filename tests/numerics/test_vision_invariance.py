@@ -6,6 +6,7 @@ itself. Tolerance as in `test_invariance`: float64 sums in another order, and no
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from true_float64 import TrueFloat64
 from schoolhouse import train
 from schoolhouse.config import Lora
 from schoolhouse.data import vision
-from schoolhouse.model import isolation, last_block, load, lora, sight
+from schoolhouse.model import elementwise, isolation, last_block, load, lora, sight
 from schoolhouse.model.load import Student
 
 TOLERANCE = 1e-9
@@ -204,3 +205,26 @@ def test_the_oracle_sees_the_image() -> None:
             for share in (1, 0)
         )
     assert not torch.allclose(seen, dark)
+
+
+@pytest.mark.parametrize(("family", "seed"), [("qwen2_vl", 8), ("qwen3_5", 7), ("qwen3_5", 12)])
+def test_proof_does_not_take_rounding_for_a_fault(family: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself cuDNN rounds what it convolves to TF32, and cuBLAS does not what it multiplies, as patches are here:
+    beside the model's own convolution that was seen to be refused."""
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    def by_cudnn(self: torch.nn.Module, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+        narrow = torch.backends.cudnn.allow_tf32
+        return plain(self, *map(rounded, (states, weight)), bias) if narrow else plain(self, states, weight, bias)
+
+    plain = torch.nn.Conv3d._conv_forward
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", by_cudnn)
+    one, seeing = student(family, seed=seed), eyes(family)
+    one.model.float()
+    assert torch.backends.cudnn.allow_tf32
+    assert isolation.prove(one, seeing).difference < 5e-6 and torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(elementwise, "whole_convolutions", contextlib.nullcontext)
+    with pytest.raises(load.ModelError, match="cannot be trained packed"):
+        isolation.prove(one, seeing)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -69,10 +70,22 @@ def as_written(model: nn.Module) -> Iterator[None]:
     for module, made in classes.items():
         module.__class__ = made.__base__
     try:
-        yield
+        with whole_convolutions():
+            yield
     finally:
         for module, made in classes.items():
             module.__class__ = made
+
+
+@contextlib.contextmanager
+def whole_convolutions() -> Iterator[None]:
+    """Inside, cuDNN convolves float32 as products are multiplied; by itself it rounds to TF32's ten bits."""
+    narrow = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = narrow
 
 
 def lighter(model: nn.Module) -> list[str]:
@@ -234,7 +247,10 @@ def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
 
 
 def _turned_in_images(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys [P, H, K], turned in float32 by the angles [P, K] of their patches, which have no gradient."""
+    """Queries and keys [P, H, K], turned in float32 by the angles [P, K] of their patches; by transformers' own
+    function where angles have a gradient."""
+    if cos.requires_grad or sin.requires_grad:
+        return _known_turn(OF_IMAGES)[0](q, k, cos, sin)
     angles = cos.unsqueeze(-2).float(), sin.unsqueeze(-2).float()
     turned = (_Turn.apply(one.float(), *angles).to(one.dtype) for one in (q, k))
     return next(turned), next(turned)
@@ -265,15 +281,17 @@ class _Turn(torch.autograd.Function):
 
 
 def _takes_patches(module: nn.Module) -> bool:
-    """Whether a module is a convolution that steps by its own size."""
-    return type(module) in (nn.Conv2d, nn.Conv3d) and module.stride == module.kernel_size and module.groups == 1 \
-        and {*module.dilation} == {1} and (module.padding == "valid" or {*module.padding} == {0})
+    """Whether a module is a convolution that steps by its own size, of more than one value a channel."""
+    if type(module) not in (nn.Conv2d, nn.Conv3d) or "forward" in vars(module) or math.prod(module.kernel_size) == 1:
+        return False
+    return module.stride == module.kernel_size and module.groups == 1 and {*module.dilation} == {1} \
+        and (module.padding == "valid" or {*module.padding} == {0})
 
 
 def _patches(self: nn.Conv2d | nn.Conv3d, input: Tensor) -> Tensor:  # by the name that transformers calls it with
     """Images [B, C, …] to the features [B, D, …] of their patches; what is left over beside them is not looked at."""
     size, dims = self.kernel_size, len(self.kernel_size)
-    if input.ndim != dims + 2:
+    if input.ndim != dims + 2 or any(have < side for have, side in zip(input.shape[2:], size, strict=True)):
         return type(self).__base__.forward(self, input)
     for dim, side in enumerate(size, 2):
         input = input.narrow(dim, 0, input.shape[dim] // side * side)
