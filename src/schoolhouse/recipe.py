@@ -47,9 +47,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values, places, doubtful = _parse(path)
     for override in overrides:
         _override(values, places, override)
-    said = [tuple(one.partition("=")[0].strip().split(".")) for one in overrides]
     for key, place in doubtful.items():
-        if not any(one[: len(key)] == key or key[: len(one)] == one for one in said):
+        if places.get(key) == place and not any(one[: len(key)] == key for one in places if one != key):
             _refuse_empty(key, place)
     _leave_out(values)
     try:

@@ -76,18 +76,12 @@ def image_attention(
     attention_mask: torch.Tensor | None, *, cu_seq_lens_q: torch.Tensor, scaling: float | None = None,
     dropout: float = 0.0, **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in both directions within each image between the offsets `cu_seq_lens_q` (or each window of one):
-    query, key and value [1, H, P, K] of P patches to [1, P, H, K]."""
+    """Attention in both directions within each image between the offsets `cu_seq_lens_q` (or each window of one), which
+    are in host memory (`features`): query, key and value [1, H, P, K] of P patches to [1, P, H, K]."""
     assert attention_mask is None and query.shape[0] == 1, "images stand behind one another"
     states = [one.squeeze(0).transpose(0, 1) for one in (query, key, value)]
-    alike = _alike(_told(cu_seq_lens_q), query.device)
+    alike = _alike(tuple(cu_seq_lens_q.tolist()), query.device)
     return _attend(*states, alike, Rule(causal=False, scaling=scaling, dropout=dropout)).unsqueeze(0), None
-
-
-@functools.lru_cache(maxsize=4)
-def _told(offsets: torch.Tensor) -> tuple[int, ...]:
-    """The numbers of a tensor, which all layers of a tower are given: an accelerator is waited for once."""
-    return tuple(offsets.tolist())
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LEAST = 16
@@ -15,6 +16,19 @@ def chunk_of(tokens: int, most: int) -> int:
     """How many tokens to compute at once, of so many and no more than `most`: a power of two where that is less, since
     many short examples would be filled up to `most` each."""
     return min(most, max(LEAST, 1 << (tokens - 1).bit_length()))
+
+
+def cut(states: Tensor, size: int) -> Tensor:
+    """[E, T, H, K] as chunks [C, E, H, size, K], the last one filled up with zeros."""
+    filled = F.pad(states, (0, 0, 0, 0, 0, -states.shape[1] % size))
+    return filled.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)
+
+
+def backwards(logarithms: Tensor) -> Tensor:
+    """Of what fades between two tokens of a chunk [..., size, size], that from those that are not behind it."""
+    size = logarithms.shape[-1]
+    behind = torch.ones(size, size, dtype=torch.bool, device=logarithms.device).triu(1)
+    return logarithms.masked_fill(behind, -torch.inf)
 
 
 def left(logarithms: Tensor, least: float) -> Tensor:

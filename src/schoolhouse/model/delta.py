@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from schoolhouse.model.chunks import chunk_of, left
+from schoolhouse.model.chunks import backwards, chunk_of, cut, left
 
 SMALL = 1e-6
 """What is added to the square of a length by which a vector is divided."""
@@ -39,9 +39,8 @@ def gated_delta_rule(
     if use_qk_l2norm_in_kernel:
         q, k = (one * torch.rsqrt((one * one).sum(-1, keepdim=True) + SMALL) for one in (q, k))
     q, decay = q * q.shape[-1] ** -0.5, decay.cumsum(2)
-    hidden = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).triu(1)
     nothing = _least(decay.dtype)
-    between = left((decay - decay.mT).masked_fill(hidden, -torch.inf), nothing)
+    between = left(backwards(decay - decay.mT), nothing)
     corrections = (k * share) @ k.mT * between
     within = q @ k.mT * between
     if len(q) == 1:
@@ -56,9 +55,8 @@ def gated_delta_rule(
 
 
 def _chunks(states: Tensor, size: int) -> Tensor:
-    """[E, T, H, K] as chunks [C, E x H, size, K], the last one filled up with zeros."""
-    filled = F.pad(states.to(torch.float32), (0, 0, 0, 0, 0, -states.shape[1] % size))
-    return filled.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    """[E, T, H, K] as chunks [C, E x H, size, K] in float32."""
+    return cut(states.to(torch.float32), size).flatten(1, 2)
 
 
 def _least(dtype: torch.dtype) -> float:

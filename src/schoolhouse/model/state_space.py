@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from schoolhouse.model.chunks import chunk_of, left
+from schoolhouse.model.chunks import backwards, chunk_of, cut, left
 
 MOST = {"cpu": 64}
 MOST_ELSEWHERE = 128
@@ -39,12 +39,11 @@ def chunk_scan(
     if dt_softplus:
         dt = F.softplus(dt)
     dt, states = dt.clamp(*dt_limit).float(), hidden_states.float()
-    values = _chunks(states * dt.unsqueeze(-1), size).unflatten(2, (groups, -1))
-    keys, queries = (_chunks(one.float(), size) for one in (B, C))
+    values = cut(states * dt.unsqueeze(-1), size).unflatten(2, (groups, -1))
+    keys, queries = (cut(one.float(), size) for one in (B, C))
     # sums of logarithms over a chunk are long, and what matters is how little two of them differ
-    decay = _chunks((dt * A.float()).double().unsqueeze(-1), size).squeeze(-1).unflatten(2, (groups, -1)).cumsum(-1)
-    hidden = torch.ones(size, size, dtype=torch.bool, device=dt.device).triu(1)
-    between = _left((decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(hidden, -torch.inf))
+    decay = cut((dt * A.float()).double().unsqueeze(-1), size).squeeze(-1).unflatten(2, (groups, -1)).cumsum(-1)
+    between = _left(backwards(decay.unsqueeze(-1) - decay.unsqueeze(-2)))
     out = ((queries @ keys.mT).unsqueeze(3) * between) @ values
     if len(values) > 1:
         over = _left(decay[:-1, ..., -1:] - decay[:-1]).unsqueeze(-1)
@@ -54,12 +53,6 @@ def chunk_scan(
         out = torch.cat([out[:1], torch.addcmul(out[1:], read, _left(decay[1:]).unsqueeze(-1))])
     out = out.permute(1, 0, 4, 2, 3, 5).reshape(len(states), -1, heads, width)[:, :tokens].contiguous()
     return out if D is None else torch.addcmul(out, states, D.unsqueeze(-1).float())
-
-
-def _chunks(states: Tensor, size: int) -> Tensor:
-    """[E, T, H, K] as chunks [C, E, H, size, K], the last one filled up with zeros."""
-    filled = F.pad(states, (0, 0, 0, 0, 0, -states.shape[1] % size))
-    return filled.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)
 
 
 def _left(sums: Tensor) -> Tensor:
